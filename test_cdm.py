@@ -1,0 +1,424 @@
+"""The paper as tests: exact classifiers go where the network goes, so every formula has a known answer.
+
+Run with `pytest` (under two minutes on two CPU cores, no network access). Start with the two theorems.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import cdm
+from cdm import CDM, DDM, Schedule, ddpm_schedule, log_snr_schedule, ot_schedule, uniform_schedule
+
+SCHEDULES = {"ddpm": ddpm_schedule(50), "uniform": uniform_schedule(50), "ot": ot_schedule(50),
+             "log-SNR": log_snr_schedule(50, 8, -8)}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def gaussian(x, mean, cov):
+    """log N(x; mean, cov): (B, d) -> (B,)."""
+    z = x - mean
+    return -0.5 * ((z @ torch.linalg.inv(cov) * z).sum(1) + torch.logdet(2 * math.pi * cov))
+
+
+class Mixture:
+    """A Gaussian mixture: at level t it is a mixture again, N(alpha m_k, alpha^2 S_k + sigma^2 I)."""
+
+    def __init__(self, schedule, weights, means, covs):
+        self.schedule, self.weights = schedule, torch.tensor(weights).double()
+        self.means, self.covs = torch.tensor(means).double(), torch.tensor(covs).double()
+
+    def parts(self, x, t):
+        """log(w_k N_k(x)) at level t: (B, K), and the noised means and covariances."""
+        alpha, sigma = self.schedule.alpha[t], self.schedule.sigma[t]
+        means, covs = alpha * self.means, alpha ** 2 * self.covs + sigma ** 2 * torch.eye(2).double()
+        logs = [w.log() + gaussian(x, m, c) for w, m, c in zip(self.weights, means, covs)]
+        return torch.stack(logs, 1), means, covs
+
+    def log_prob(self, x, t):
+        return self.parts(x, t)[0].logsumexp(1)
+
+    def logits(self, x):
+        return torch.stack([self.log_prob(x, t) for t in range(len(self.schedule.alpha))], 1)
+
+    def posterior_mean(self, x, t):
+        """E[x_0 | x_t = x]: each component's linear regression, weighted by its responsibility."""
+        logs, means, covs = self.parts(x, t)
+        gain = self.schedule.alpha[t] * self.covs @ torch.linalg.inv(covs)                   # (K, d, d)
+        each = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - means)
+        return (logs.softmax(1)[..., None] * each).sum(1)
+
+    def sample(self, n):
+        k = torch.multinomial(self.weights, n, replacement=True)
+        root = torch.linalg.cholesky(self.covs)
+        return self.means[k] + torch.einsum("bij,bj->bi", root[k], torch.randn(n, 2).double())
+
+
+def mixture(schedule):
+    return Mixture(schedule, [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]],
+                   [[[0.2, 0.1], [0.1, 0.3]], [[0.05, 0.0], [0.0, 0.4]]])
+
+
+def one_gaussian(schedule, mean=(0.5, -1.0), cov=((0.5, 0.3), (0.3, 0.4))):
+    return Mixture(schedule, [1.0], [mean], [cov])
+
+
+# ------------------------------------------------------------------------- the paper in two tests
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_theorem_3_1_the_gradient_of_exact_logits_is_the_posterior_mean(name):
+    truth = mixture(SCHEDULES[name])
+    model = CDM(truth.logits, truth.schedule)
+    x = 2 * torch.randn(64, 2).double()
+    for t in range(51):
+        assert_close(model.denoise(x, t), truth.posterior_mean(x, t), rtol=1e-8, atol=1e-8)
+    assert_close(model.predict_noise(x, 51), x)                    # pure noise: eps is x itself
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_theorem_3_2_the_logits_give_the_exact_log_density_at_every_level(name):
+    truth = mixture(SCHEDULES[name])
+    model = CDM(truth.logits, truth.schedule)
+    x = 2 * torch.randn(64, 2).double()
+    for t in range(52):
+        assert_close(model.log_prob(x, t), truth.log_prob(x, t))
+    t = torch.randint(0, 52, (64,))                                # a level per row
+    assert_close(model.log_prob(x, t), truth.logits(x).gather(1, t[:, None])[:, 0])
+
+
+# ------------------------------------------------------------------------------- levels and noise
+
+
+@pytest.mark.parametrize("make", [ddpm_schedule, uniform_schedule, ot_schedule, log_snr_schedule])
+@pytest.mark.parametrize("T", [2, 3, 10, 257, 1000])
+def test_schedules_fall_from_clean_to_pure_noise(make, T):
+    alpha, sigma = make(T)
+    assert alpha.shape == sigma.shape == (T + 2,) and alpha.dtype == torch.float64
+    assert (alpha[0], sigma[0], alpha[-1], sigma[-1]) == (1, 0, 0, 1)
+    assert ((2 * (alpha.log() - sigma.log())).diff() < 0).all()
+    if make is not ot_schedule:
+        assert_close(alpha ** 2 + sigma ** 2, torch.ones(T + 2).double())
+
+
+def test_schedules_end_where_their_definition_says():
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    assert_close(ddpm_schedule(1000).alpha[1:-1] ** 2, (1 - beta).cumprod(0))
+    for T in (2, 10, 100):
+        assert 3.5e-5 < ddpm_schedule(T).alpha[T] ** 2 < 4.2e-5     # 4.04e-5 at T = 1000
+        assert_close(uniform_schedule(T).sigma[T].item(), T / (T + 1))
+        assert_close(ot_schedule(T).alpha[1].item(), T / (T + 1))
+        alpha, sigma = log_snr_schedule(T, 9, -7)
+        assert_close(2 * (alpha / sigma).log()[[1, T]], torch.tensor([9.0, -7.0]).double())
+
+
+def test_noising_has_the_stated_mean_and_variance():
+    model, x0, eps = CDM(None, ot_schedule(9)), torch.tensor([[2.0], [4.0]]), torch.tensor([[1.0], [-1.0]])
+    assert_close(model.add_noise(x0, torch.tensor([3, 10]), eps), torch.tensor([[0.7 * 2 + 0.3], [-1.0]]))
+
+
+def test_stratified_levels_hit_every_level_equally_often():
+    for _ in range(50):
+        t = cdm.stratified_levels(64, 0, 31)
+        counts = torch.bincount(t, minlength=32)
+        assert counts.sum() == 64 and counts.min() >= 1 and counts.max() <= 3
+    many = torch.cat([cdm.stratified_levels(7, 1, 4) for _ in range(4000)])
+    assert_close(torch.bincount(many)[1:] / len(many), torch.full((4,), 0.25), atol=0.01, rtol=0)
+
+
+# ----------------------------------------------------------------------------------- the classifier
+
+
+def test_a_shift_of_all_logits_changes_nothing_and_a_wrong_sign_does():
+    truth = mixture(SCHEDULES["log-SNR"])
+    x = torch.randn(16, 2).double()
+    shift = lambda x: truth.logits(x) + x.pow(3).sum(1, keepdim=True)       # c(x) cancels in every ratio
+    exact, shifted = CDM(truth.logits, truth.schedule), CDM(shift, truth.schedule)
+    flipped = CDM(lambda x: -truth.logits(x), truth.schedule)
+    for t in (0, 10, 40):
+        assert_close(shifted.predict_noise(x, t), exact.predict_noise(x, t))
+        assert_close(shifted.log_prob(x, t), exact.log_prob(x, t))
+        assert (flipped.denoise(x, t + 1) - exact.denoise(x, t + 1)).abs().mean() > 0.1
+
+
+def test_rows_do_not_influence_each_other():
+    model, x = small_model(), torch.randn(8, 2)
+    t = torch.arange(8)
+    alone = torch.cat([model.predict_noise(x[i:i + 1], t[i:i + 1]) for i in range(8)])
+    assert_close(model.predict_noise(x, t), alone)
+
+
+def small_model(T=10, width=32):
+    net = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, T + 2))
+    return CDM(net, log_snr_schedule(T, 8, -8))
+
+
+def test_the_mse_reaches_every_parameter_but_the_constants():
+    model = small_model()
+    model.loss(torch.randn(64, 2), w_ce=0).total.backward()
+    *rest, constants = model.parameters()                    # the last bias only shifts the logits
+    assert all(p.grad.abs().max() > 0 for p in rest)
+    assert constants.grad.abs().max() == 0                   # the reason why MSE needs CE beside it
+    model.loss(torch.randn(64, 2)).total.backward()
+    assert constants.grad.abs().max() > 0
+
+
+def test_the_loss_is_its_parts_and_minimal_for_the_exact_classifier():
+    truth = mixture(log_snr_schedule(20, 8, -8))
+    x0 = truth.sample(20000)
+    exact = CDM(truth.logits, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
+    assert_close(exact.total, 0.5 * exact.ce + 2.0 * exact.mse)
+    t = cdm.stratified_levels(20000, 0, 21)
+    xt = CDM(None, truth.schedule).add_noise(x0, t, torch.randn_like(x0))
+    assert_close(exact.ce, nn.functional.cross_entropy(truth.logits(xt), t), rtol=0.02, atol=0)
+    tilted = CDM(lambda x: truth.logits(x) * 1.2, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
+    assert tilted.ce > exact.ce and tilted.mse > exact.mse + 0.005
+
+
+def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients():
+    eager, x0 = small_model(), torch.randn(32, 2)
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin.loss, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    a = eager.loss(x0)
+    torch.manual_seed(1)
+    b = compiled(x0)
+    a.total.backward(), b.total.backward()
+    assert_close(b, a)
+    for p, q in zip(twin.parameters(), eager.parameters()):
+        assert_close(p.grad, q.grad)
+
+
+# --------------------------------------------------------------------------------------- samplers
+
+
+class FixedAnswer(DDM):
+    """Answers x0_hat = answer always, and writes down what it was shown."""
+    answer = 1.5
+
+    def predict_noise(self, xt, t):
+        self.shown = getattr(self, "shown", []) + [(t, xt)]
+        alpha, sigma = self._scales(torch.full((len(xt),), t), xt)
+        return (xt - alpha * self.answer) / sigma
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps", [2, 7])
+def test_a_ddpm_step_is_the_gaussian_posterior_by_brute_force(name, steps):
+    schedule = SCHEDULES[name]
+    model = FixedAnswer(None, schedule)
+    start = torch.full((100000, 1), 0.8).double()
+    model.sample(None, steps=steps, method="ddpm", xT=start)
+    (t, _), (s, xs) = model.shown[:2]
+    # x_s and x_t = (alpha_t/alpha_s) x_s + fresh noise are jointly Gaussian given x_0: condition on x_t
+    alpha, sigma = schedule.alpha, schedule.sigma
+    carry = alpha[t] / alpha[s]
+    mean = torch.stack([alpha[s], alpha[t]]) * model.answer
+    cov = torch.stack([torch.stack([sigma[s] ** 2, carry * sigma[s] ** 2]),
+                       torch.stack([carry * sigma[s] ** 2, sigma[t] ** 2])])
+    expected = mean[0] + cov[0, 1] / cov[1, 1] * (0.8 - mean[1])
+    variance = cov[0, 0] - cov[0, 1] ** 2 / cov[1, 1]
+    assert_close(xs.mean(), expected, atol=0.01 * variance.sqrt().item() + 1e-9, rtol=1e-3)
+    assert_close(xs.var(), variance, rtol=0.03, atol=0)
+
+
+def gaussian_1d(schedule, std):
+    return CDM(one_gaussian(schedule, (0.0, 0.0), ((std ** 2, 0.0), (0.0, std ** 2))).logits, schedule)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 49, 50])
+def test_ddim_with_exact_gaussian_logits_follows_its_closed_form(steps):
+    for schedule in SCHEDULES.values():
+        alpha, sigma, std = schedule.alpha, schedule.sigma, 0.7
+        start, factor = torch.randn(5, 2).double(), 1.0
+        levels = [50 - i * 50 // steps for i in range(steps + 1)]
+        for t, s in zip(levels, levels[1:]):
+            factor *= (alpha[s] * alpha[t] * std ** 2 + sigma[s] * sigma[t]) / (alpha[t] ** 2 * std ** 2 + sigma[t] ** 2)
+        assert_close(gaussian_1d(schedule, std).sample(None, steps, "ddim", xT=start), factor * start)
+
+
+def test_dpm_solver_is_second_order_and_ddim_first():
+    schedule, std = log_snr_schedule(2000, 18, -8), 0.7
+    model, start = gaussian_1d(schedule, std), torch.ones(1, 2).double()
+    marginal = schedule.alpha[2000] ** 2 * std ** 2 + schedule.sigma[2000] ** 2
+    error = {(method, steps): abs(model.sample(None, steps, method, xT=start)[0, 0] - std / marginal.sqrt()).item()
+             for method in ("ddim", "dpm") for steps in (50, 100, 200)}
+    for steps in (50, 100):
+        assert 1.7 < error["ddim", steps] / error["ddim", 2 * steps] < 2.3
+        assert 3.4 < error["dpm", steps] / error["dpm", 2 * steps] < 4.6
+    assert error["dpm", 50] < error["ddim", 50] / 5
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 100])
+def test_samples_have_the_right_mean_and_covariance(method, steps):
+    schedule = log_snr_schedule(100, 8, -8)
+    truth = one_gaussian(schedule)
+    model, calls = CDM(truth.logits, schedule), []
+    predict = model.predict_noise
+    model.predict_noise = lambda x, t: calls.append(t) or predict(x, t)
+    x = model.sample(None, steps, method, xT=torch.randn(20000, 2).double())
+    assert len(calls) == steps and calls[0] == 100 and sorted(set(calls), reverse=True) == calls
+    assert_close(x.mean(0), truth.means[0], atol=0.03, rtol=0)
+    if steps == 1:                                            # one step: x is E[x_0 | x_T], almost constant
+        assert x.var(0).max() < 0.01
+    tolerance = {1: 1.0, 7: 0.25, 50: 0.05, 100: 0.03}[steps]
+    assert (torch.cov(x.T) - truth.covs[0]).abs().max() < tolerance
+
+
+# ----------------------------------------------------------------------------------------- audits
+
+
+def test_elbo_ode_and_one_pass_agree_for_the_exact_classifier():
+    schedule = log_snr_schedule(200, 8, -10)
+    truth = mixture(schedule)
+    model, x0 = CDM(truth.logits, schedule), truth.sample(4000)
+    x1 = model.add_noise(x0, 1, torch.randn_like(x0))
+    one_pass = model.log_prob(x1, 1)
+    assert_close(one_pass, truth.log_prob(x1, 1))
+    assert_close(model.ode_log_prob(x1[:200], 1), one_pass[:200], atol=0.01, rtol=0)
+    elbo = model.elbo(x0, draws=50)
+    assert abs(elbo.mean() - one_pass.mean()) < 0.02
+    noisier = CDM(lambda x: 1.3 * truth.logits(x), schedule)     # a wrong denoiser loosens the bound
+    assert noisier.elbo(x0, draws=10).mean() < elbo.mean() - 0.1
+
+
+def test_hutchinson_is_an_unbiased_trace():
+    schedule = log_snr_schedule(50, 6, -8)
+    truth = one_gaussian(schedule)
+    model, x = CDM(truth.logits, schedule), truth.sample(1)
+    exact = model.ode_log_prob(x, 5)
+    guesses = torch.stack([model.ode_log_prob(x.expand(100, 2), 5, probes=1) for _ in range(5)])
+    assert guesses.std() > 0.01
+    assert_close(guesses.mean(), exact[0], atol=4 * (guesses.std() / 500 ** 0.5).item(), rtol=0)
+
+
+def test_every_rung_averages_to_one_for_the_exact_classifier_only():
+    truth = mixture(log_snr_schedule(20, 6, -8))
+    x0 = truth.sample(20000)
+    rungs = CDM(truth.logits, truth.schedule).rung_log_z(x0)
+    assert rungs.shape == (21,) and rungs.abs().max() < 0.05
+    shift = torch.zeros(22).double()
+    shift[7] = 0.5                                            # one constant wrong: two rungs see it
+    wrong = CDM(lambda x: truth.logits(x) + shift, truth.schedule).rung_log_z(x0)
+    assert_close(wrong - rungs, shift[:-1] - shift[1:], atol=0.05, rtol=0)
+
+
+def lattice(schedule, counts):
+    """Exact logits of one 8-bit pixel with these counts per grey value (level 0 gets a tiny width)."""
+    grey, p = torch.tensor(list(counts)), torch.tensor(list(counts.values())).double()
+    def logits(x):
+        sigma = schedule.sigma.clamp(min=1e-4)
+        z = (x[..., None] - schedule.alpha * (2 * grey[:, None] + 1 - 256) / 256) / sigma    # (B, K, L)
+        logs = (p / p.sum()).log()[:, None] - z ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2
+        return logs.logsumexp(1)
+    return logits, grey[torch.multinomial(p, 20000, replacement=True)].to(torch.uint8)[:, None]
+
+
+def test_the_8_bit_bound_of_a_known_distribution_is_its_entropy():
+    schedule = log_snr_schedule(300, 13, -8)
+    logits, images = lattice(schedule, {0: 2, 10: 1, 11: 1})             # entropy 1.5 bits
+    model = CDM(logits, schedule).double()
+    assert_close(model.bits_per_dim(images).mean().item(), 1.5, atol=0.02, rtol=0)
+    assert model.bits_per_dim(images).mean() > 1.5 - 0.01
+    assert_close(model.bits_per_dim(images[:500], by="ode").mean().item(),
+                 model.bits_per_dim(images[:500]).mean().item(), atol=0.03, rtol=0)
+    assert_close(model.bits_per_dim(images, by="elbo", draws=20).mean().item(), 1.5, atol=0.04, rtol=0)
+    # at log-SNR 8 (sigma_1 = 2.3 grey steps) 10 and 11 blur: still a bound, no longer tight
+    coarse = log_snr_schedule(300, 8, -8)
+    blurred = CDM(lattice(coarse, {0: 2, 10: 1, 11: 1})[0], coarse).double()
+    assert blurred.bits_per_dim(images).mean() > 1.6
+
+
+# ---------------------------------------------------------------------- as a user meets the module
+
+
+def test_save_and_load_gives_the_same_model(tmp_path):
+    a, b, x = small_model(), small_model(), torch.randn(4, 2)
+    assert not torch.equal(a.log_prob(x), b.log_prob(x))
+    torch.save(a.state_dict(), tmp_path / "model.pt")
+    b.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert_close(a.log_prob(x), b.log_prob(x))
+
+
+def test_it_runs_in_float32_and_float64_on_points_and_images():
+    for dtype in (torch.float32, torch.float64):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 12))
+        model = CDM(net, ddpm_schedule(10)).to(dtype)
+        x = model.sample((3, 1, 4, 4), 5, "dpm")
+        assert x.shape == (3, 1, 4, 4) and x.dtype == dtype
+        assert model.log_prob(x).dtype == model.elbo(x).dtype == model.ode_log_prob(x, probes=2).dtype == dtype
+        model.loss(x).total.backward()
+
+
+def test_samplers_keep_no_graph():
+    model = small_model()
+    assert not model.sample((4, 2), 5).requires_grad
+    assert not model.elbo(torch.randn(4, 2)).requires_grad
+
+
+def test_the_two_families_share_samplers_and_audits():
+    schedule = SCHEDULES["log-SNR"]
+    truth = one_gaussian(schedule)
+    exact = CDM(truth.logits, schedule)
+    told = DDM(lambda xt, t: exact.predict_noise(xt, t), schedule)        # the same denoiser, told t
+    start = torch.randn(6, 2).double()
+    for method in ("ddim", "dpm"):
+        assert_close(told.sample(None, 10, method, xT=start), exact.sample(None, 10, method, xT=start))
+    assert_close(told.ode_log_prob(start), exact.ode_log_prob(start))
+    x0 = truth.sample(5000)
+    assert_close(told.loss(x0).total, exact.loss(x0).total * 52 / 50, atol=0.02, rtol=0)   # 0 and T+1: sum to 1
+
+
+BAD = {
+    "T too small": lambda m, x: ddpm_schedule(1),
+    "T no int": lambda m, x: log_snr_schedule(10.5),
+    "log-SNR rises": lambda m, x: log_snr_schedule(10, -8, 8),
+    "schedule ends": lambda m, x: CDM(None, Schedule(torch.linspace(1, 0.1, 9), torch.linspace(0, 1, 9))),
+    "schedule shape": lambda m, x: CDM(None, Schedule(torch.ones(5), torch.ones(4))),
+    "level above": lambda m, x: m.predict_noise(x, 12),
+    "level below": lambda m, x: m.log_prob(x, -1),
+    "level float": lambda m, x: m.add_noise(x, 3.0, x),
+    "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
+    "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
+    "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
+    "denoise pure noise": lambda m, x: m.denoise(x, 11),
+    "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
+    "method": lambda m, x: m.sample((4, 2), method="euler"),
+    "no steps": lambda m, x: m.sample((4, 2), steps=0),
+    "steps above T": lambda m, x: m.sample((4, 2), steps=11),
+    "ODE level": lambda m, x: m.ode_log_prob(x, 0),
+    "ODE steps": lambda m, x: m.ode_log_prob(x, 1, steps=10),
+    "float images": lambda m, x: m.bits_per_dim(x),
+    "unknown likelihood": lambda m, x: m.bits_per_dim(x.byte(), by="guess"),
+    "DDM has no one pass": lambda m, x: DDM(m.net, m.schedule).bits_per_dim(x.byte()),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_a_value_error_that_says_what_was_expected(name):
+    with pytest.raises(ValueError, match="must|needs|takes|starts"):
+        BAD[name](small_model(), torch.randn(4, 2))
+
+
+def test_a_short_training_beats_a_stated_bar():
+    truth = mixture(log_snr_schedule(10, 6, -8))
+    model = small_model(T=10, width=64)
+    model = CDM(model.net, truth.schedule)
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(1500):
+        optimiser.zero_grad()
+        model.loss(truth.sample(256).float()).total.backward()
+        optimiser.step()
+    x = truth.sample(5000)
+    kl = (truth.log_prob(x, 0) - model.log_prob(x.float())).mean().item()
+    assert -0.02 < kl < 0.1                                  # N(0, I) instead of the model: 0.9 nats
