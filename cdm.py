@@ -109,7 +109,7 @@ class Diffusion(nn.Module):
         super().__init__()
         alpha, sigma = schedule
         if alpha.dim() != 1 or alpha.shape != sigma.shape or len(alpha) < 4:
-            raise ValueError("a schedule is two 1-D tensors of one length T+2 with T >= 2, "
+            raise ValueError("a schedule must be two 1-D tensors of one length T+2, T >= 2, "
                              f"got shapes {tuple(alpha.shape)} and {tuple(sigma.shape)}")
         log_snr = 2 * (alpha.double().log() - sigma.double().log())
         ends = (alpha[0], sigma[0], alpha[-1], sigma[-1])

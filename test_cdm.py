@@ -21,41 +21,40 @@ SCHEDULES = {"ddpm": ddpm_schedule(50), "uniform": uniform_schedule(50), "ot": o
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_num_threads(2)
-
-
-def gaussian(x, mean, cov):
-    """log N(x; mean, cov): (B, d) -> (B,)."""
-    z = x - mean
-    return -0.5 * ((z @ torch.linalg.inv(cov) * z).sum(1) + torch.logdet(2 * math.pi * cov))
+    torch.set_num_threads(1)                     # tiny tensors: a second thread costs more than it brings
 
 
 class Mixture:
-    """A Gaussian mixture: at level t it is a mixture again, N(alpha m_k, alpha^2 S_k + sigma^2 I)."""
+    """A Gaussian mixture: at level t it is a mixture again, of N(alpha m_k, alpha^2 S_k + sigma^2 I)."""
 
     def __init__(self, schedule, weights, means, covs):
         self.schedule, self.weights = schedule, torch.tensor(weights).double()
         self.means, self.covs = torch.tensor(means).double(), torch.tensor(covs).double()
+        alpha, sigma = (v[:, None, None] for v in schedule)
+        self.noised_means = alpha * self.means                                              # (L, K, d)
+        self.noised_covs = alpha[..., None] ** 2 * self.covs + sigma[..., None] ** 2 * torch.eye(2).double()
+        self.precisions = torch.linalg.inv(self.noised_covs)                             # (L, K, d, d)
+        linear = torch.einsum("lkij,lkj->lki", self.precisions, self.noised_means)
+        constant = (self.weights.log() - 0.5 * torch.logdet(2 * math.pi * self.noised_covs)
+                    - 0.5 * (linear * self.noised_means).sum(-1))
+        self.table = torch.cat([-0.5 * self.precisions.flatten(2), linear, constant[..., None]], 2)
 
-    def parts(self, x, t):
-        """log(w_k N_k(x)) at level t: (B, K), and the noised means and covariances."""
-        alpha, sigma = self.schedule.alpha[t], self.schedule.sigma[t]
-        means, covs = alpha * self.means, alpha ** 2 * self.covs + sigma ** 2 * torch.eye(2).double()
-        logs = [w.log() + gaussian(x, m, c) for w, m, c in zip(self.weights, means, covs)]
-        return torch.stack(logs, 1), means, covs
-
-    def log_prob(self, x, t):
-        return self.parts(x, t)[0].logsumexp(1)
+    def parts(self, x):
+        """log(w_k N_k(x)) at every level: (B, L, K), a quadratic in x."""
+        features = torch.cat([(x[:, :, None] * x[:, None]).flatten(1), x, torch.ones_like(x[:, :1])], 1)
+        return torch.einsum("bf,lkf->blk", features, self.table)
 
     def logits(self, x):
-        return torch.stack([self.log_prob(x, t) for t in range(len(self.schedule.alpha))], 1)
+        return self.parts(x).logsumexp(2)
+
+    def log_prob(self, x, t):
+        return self.logits(x)[:, t]
 
     def posterior_mean(self, x, t):
         """E[x_0 | x_t = x]: each component's linear regression, weighted by its responsibility."""
-        logs, means, covs = self.parts(x, t)
-        gain = self.schedule.alpha[t] * self.covs @ torch.linalg.inv(covs)                   # (K, d, d)
-        each = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - means)
-        return (logs.softmax(1)[..., None] * each).sum(1)
+        gain = self.schedule.alpha[t] * self.covs @ self.precisions[t]                      # (K, d, d)
+        each = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - self.noised_means[t])
+        return (self.parts(x)[:, t].softmax(1)[..., None] * each).sum(1)
 
     def sample(self, n):
         k = torch.multinomial(self.weights, n, replacement=True)
@@ -144,10 +143,10 @@ def test_a_shift_of_all_logits_changes_nothing_and_a_wrong_sign_does():
     shift = lambda x: truth.logits(x) + x.pow(3).sum(1, keepdim=True)       # c(x) cancels in every ratio
     exact, shifted = CDM(truth.logits, truth.schedule), CDM(shift, truth.schedule)
     flipped = CDM(lambda x: -truth.logits(x), truth.schedule)
-    for t in (0, 10, 40):
+    for t in (20, 30, 40):
         assert_close(shifted.predict_noise(x, t), exact.predict_noise(x, t))
         assert_close(shifted.log_prob(x, t), exact.log_prob(x, t))
-        assert (flipped.denoise(x, t + 1) - exact.denoise(x, t + 1)).abs().mean() > 0.1
+        assert (flipped.denoise(x, t) - exact.denoise(x, t)).abs().mean() > 0.1
 
 
 def test_rows_do_not_influence_each_other():
@@ -180,8 +179,8 @@ def test_the_loss_is_its_parts_and_minimal_for_the_exact_classifier():
     t = cdm.stratified_levels(20000, 0, 21)
     xt = CDM(None, truth.schedule).add_noise(x0, t, torch.randn_like(x0))
     assert_close(exact.ce, nn.functional.cross_entropy(truth.logits(xt), t), rtol=0.02, atol=0)
-    tilted = CDM(lambda x: truth.logits(x) * 1.2, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
-    assert tilted.ce > exact.ce and tilted.mse > exact.mse + 0.005
+    tilted = CDM(lambda x: truth.logits(x) * 1.5, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
+    assert tilted.ce > exact.ce + 0.02 and tilted.mse > exact.mse + 0.005
 
 
 def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients():
@@ -259,37 +258,52 @@ def test_dpm_solver_is_second_order_and_ddim_first():
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm"])
-@pytest.mark.parametrize("steps", [1, 7, 50, 100])
+@pytest.mark.parametrize("steps", [1, 7, 50, 60])
 def test_samples_have_the_right_mean_and_covariance(method, steps):
-    schedule = log_snr_schedule(100, 8, -8)
-    truth = one_gaussian(schedule)
+    """With Gaussian data every step is affine, so mean and covariance follow by matrices alone."""
+    schedule, eye = log_snr_schedule(60, 8, -8), torch.eye(2).double()
+    truth, (alpha, sigma) = one_gaussian(schedule), schedule
     model, calls = CDM(truth.logits, schedule), []
     predict = model.predict_noise
     model.predict_noise = lambda x, t: calls.append(t) or predict(x, t)
-    x = model.sample(None, steps, method, xT=torch.randn(20000, 2).double())
-    assert len(calls) == steps and calls[0] == 100 and sorted(set(calls), reverse=True) == calls
-    assert_close(x.mean(0), truth.means[0], atol=0.03, rtol=0)
-    if steps == 1:                                            # one step: x is E[x_0 | x_T], almost constant
-        assert x.var(0).max() < 0.01
-    tolerance = {1: 1.0, 7: 0.25, 50: 0.05, 100: 0.03}[steps]
-    assert (torch.cov(x.T) - truth.covs[0]).abs().max() < tolerance
+    x = model.sample(None, steps, method, xT=torch.randn(4000, 2).double())
+    assert calls == [60 - i * 60 // steps for i in range(steps)]           # exactly `steps` calls
+    mean, cov = torch.zeros(2).double(), eye
+    for t, s in zip(calls, calls[1:] + [0]):
+        gain = alpha[t] * truth.covs[0] @ truth.precisions[t, 0]       # E[x_0|x_t] = m + gain (x_t - alpha_t m)
+        carry = alpha[t] / alpha[s]
+        fresh = sigma[t] ** 2 - carry ** 2 * sigma[s] ** 2
+        if method == "ddpm":                                           # posterior mean and variance, Ho et al.
+            a, b = carry * sigma[s] ** 2 / sigma[t] ** 2, alpha[s] * fresh / sigma[t] ** 2
+            variance = fresh * sigma[s] ** 2 / sigma[t] ** 2
+        else:
+            a, b, variance = sigma[s] / sigma[t], alpha[s] - alpha[t] * sigma[s] / sigma[t], 0
+        step = a * eye + b * gain
+        mean = step @ mean + b * (truth.means[0] - alpha[t] * gain @ truth.means[0])
+        cov = step @ cov @ step.T + variance * eye
+    if method == "dpm" and steps > 1:                                  # not affine in x_t alone: ask for the truth
+        mean, cov = truth.means[0], truth.covs[0]
+    assert_close(x.mean(0), mean, atol=0.05, rtol=0)
+    assert_close(torch.cov(x.T), cov, atol=0.2 if (method, steps) == ("dpm", 7) else 0.05, rtol=0)
+    if steps == 60 and method == "ddim":                               # and with small steps it is the truth
+        assert_close(cov, truth.covs[0], atol=0.05, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------- audits
 
 
 def test_elbo_ode_and_one_pass_agree_for_the_exact_classifier():
-    schedule = log_snr_schedule(200, 8, -10)
+    schedule = log_snr_schedule(80, 8, -10)
     truth = mixture(schedule)
-    model, x0 = CDM(truth.logits, schedule), truth.sample(4000)
+    model, x0 = CDM(truth.logits, schedule), truth.sample(2000)
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     one_pass = model.log_prob(x1, 1)
     assert_close(one_pass, truth.log_prob(x1, 1))
-    assert_close(model.ode_log_prob(x1[:200], 1), one_pass[:200], atol=0.01, rtol=0)
-    elbo = model.elbo(x0, draws=50)
-    assert abs(elbo.mean() - one_pass.mean()) < 0.02
-    noisier = CDM(lambda x: 1.3 * truth.logits(x), schedule)     # a wrong denoiser loosens the bound
-    assert noisier.elbo(x0, draws=10).mean() < elbo.mean() - 0.1
+    assert_close(model.ode_log_prob(x1[:100], 1), one_pass[:100], atol=0.03, rtol=0)
+    elbo = model.elbo(x0, draws=20)
+    assert abs(elbo.mean() - one_pass.mean()) < 0.06                  # two standard errors of 2000 rows
+    noisier = CDM(lambda x: 2 * truth.logits(x), schedule)     # a wrong denoiser loosens the bound
+    assert noisier.elbo(x0, draws=5).mean() < elbo.mean() - 0.1
 
 
 def test_hutchinson_is_an_unbiased_trace():
@@ -321,20 +335,21 @@ def lattice(schedule, counts):
         z = (x[..., None] - schedule.alpha * (2 * grey[:, None] + 1 - 256) / 256) / sigma    # (B, K, L)
         logs = (p / p.sum()).log()[:, None] - z ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2
         return logs.logsumexp(1)
-    return logits, grey[torch.multinomial(p, 20000, replacement=True)].to(torch.uint8)[:, None]
+    return logits, grey[torch.multinomial(p, 4000, replacement=True)].to(torch.uint8)[:, None]
 
 
 def test_the_8_bit_bound_of_a_known_distribution_is_its_entropy():
-    schedule = log_snr_schedule(300, 13, -8)
+    schedule = log_snr_schedule(100, 13, -8)
     logits, images = lattice(schedule, {0: 2, 10: 1, 11: 1})             # entropy 1.5 bits
     model = CDM(logits, schedule).double()
-    assert_close(model.bits_per_dim(images).mean().item(), 1.5, atol=0.02, rtol=0)
-    assert model.bits_per_dim(images).mean() > 1.5 - 0.01
-    assert_close(model.bits_per_dim(images[:500], by="ode").mean().item(),
-                 model.bits_per_dim(images[:500]).mean().item(), atol=0.03, rtol=0)
-    assert_close(model.bits_per_dim(images, by="elbo", draws=20).mean().item(), 1.5, atol=0.04, rtol=0)
+    bits = model.bits_per_dim(images).mean()
+    assert 1.48 < bits < 1.56                                 # 0.03 of it: neighbours 10 and 11 blur a little
+    assert abs(model.bits_per_dim(images[:500], by="ode").mean() - bits) < 0.1
+    assert abs(model.bits_per_dim(images, by="elbo", draws=20).mean() - bits) < 0.05
+    fine = log_snr_schedule(100, 16, -8)
+    assert abs(CDM(lattice(fine, {0: 2, 10: 1, 11: 1})[0], fine).double().bits_per_dim(images).mean() - 1.5) < 0.02
     # at log-SNR 8 (sigma_1 = 2.3 grey steps) 10 and 11 blur: still a bound, no longer tight
-    coarse = log_snr_schedule(300, 8, -8)
+    coarse = log_snr_schedule(100, 8, -8)
     blurred = CDM(lattice(coarse, {0: 2, 10: 1, 11: 1})[0], coarse).double()
     assert blurred.bits_per_dim(images).mean() > 1.6
 
@@ -376,7 +391,8 @@ def test_the_two_families_share_samplers_and_audits():
         assert_close(told.sample(None, 10, method, xT=start), exact.sample(None, 10, method, xT=start))
     assert_close(told.ode_log_prob(start), exact.ode_log_prob(start))
     x0 = truth.sample(5000)
-    assert_close(told.loss(x0).total, exact.loss(x0).total * 52 / 50, atol=0.02, rtol=0)   # 0 and T+1: sum to 1
+    ends = 1 / 50                                  # the CDM also meets t = 0, where eps_hat = 0 costs 1
+    assert_close(told.loss(x0).total, exact.loss(x0).mse * 52 / 50 - ends, atol=0.02, rtol=0)
 
 
 BAD = {
@@ -411,14 +427,18 @@ def test_bad_input_is_a_value_error_that_says_what_was_expected(name):
 
 
 def test_a_short_training_beats_a_stated_bar():
-    truth = mixture(log_snr_schedule(10, 6, -8))
-    model = small_model(T=10, width=64)
+    truth, model = mixture(log_snr_schedule(10, 6, -8)), small_model(T=10, width=64)
     model = CDM(model.net, truth.schedule)
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(1500):
+    optimiser = torch.optim.Adam(model.parameters(), 5e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 1000)
+    for _ in range(1000):
         optimiser.zero_grad()
         model.loss(truth.sample(256).float()).total.backward()
-        optimiser.step()
-    x = truth.sample(5000)
-    kl = (truth.log_prob(x, 0) - model.log_prob(x.float())).mean().item()
-    assert -0.02 < kl < 0.1                                  # N(0, I) instead of the model: 0.9 nats
+        optimiser.step(), decay.step()
+    axis = torch.linspace(-5, 5, 201).double()
+    grid, cell = torch.cartesian_prod(axis, axis), (axis[1] - axis[0]) ** 2
+    with torch.no_grad():
+        log_p, log_q = truth.log_prob(grid, 0), model.log_prob(grid.float()).double()
+    log_z = (log_q.exp().sum() * cell).log()
+    kl = (log_p.exp() * (log_p - log_q)).sum() * cell + log_z
+    assert 0 <= kl < 0.03 and abs(log_z) < 0.1, (kl, log_z)       # N(0, I) instead of the model: KL 0.9
