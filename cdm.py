@@ -78,8 +78,8 @@ def log_snr_schedule(T=256, first=13.0, last=-8.0):
 
 
 def stratified_levels(B, low, high, device=None):
-    """B levels (B,) from low .. high, sorted: one uniform draw serves the batch, so that every level
-    gets its fair share (less variance than independent draws). Rows must come in random order."""
+    """B sorted levels (B,) from low .. high. One uniform draw serves the batch, so that every level
+    gets its fair share: less variance than independent draws. Rows must come in random order."""
     n = high - low + 1
     spread = (torch.arange(B, device=device) + torch.rand((), device=device)) / B * n
     return low + spread.long().clamp(max=n - 1)              # float32 can round the product up to n
@@ -94,14 +94,14 @@ def log_normal(x):
 
 
 class Loss(NamedTuple):
-    """total: what to minimise. ce (nats) and mse (per number) are its parts, detached; nan = unused."""
+    """total is to be minimised; ce (nats) and mse (per number) are its parts, detached, or nan."""
     total: torch.Tensor
     ce: torch.Tensor
     mse: torch.Tensor
 
 
 class Diffusion(nn.Module):
-    """Noising, denoising, samplers and audits: all need only predict_noise(xt, t) of a subclass.
+    """Noising, denoising and samplers: they need only predict_noise(xt, t), which a subclass gives.
 
     Wherever a level t is asked for, it is an int or a long tensor (B,); else ValueError."""
 
@@ -158,120 +158,35 @@ class Diffusion(nn.Module):
     def sample(self, shape, steps=50, method="ddim", xT=None):
         """Draw samples of the given shape (B, ...) with exactly `steps` calls of predict_noise.
 
-        method: "ddpm" (ancestral, Ho et al. 2020), "ddim" (deterministic, Song et al. 2021) or "dpm"
-        (DPM-Solver++ 2M, Lu et al. 2022). xT: the starting noise instead of a fresh N(0, I) draw;
-        it then sets device and dtype. Each step goes from a level t to any lower level s, so every
-        number of steps from 1 to T is right. ValueError for others, or for an unknown method."""
+        method: "ddpm" (ancestral, Ho et al. 2020), "ddim" (deterministic, Song et al. 2021) or
+        "dpm" (DPM-Solver++ 2M, Lu et al. 2022). xT: the starting noise in place of a fresh N(0, I)
+        draw; it then sets shape, device and dtype. Each step goes from a level t to any lower level
+        s, so every number of steps from 1 to T is right. ValueError for others."""
         if method not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f"method must be 'ddpm', 'ddim' or 'dpm', got {method!r}")
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise ValueError(f"steps must be an int in 1 .. T = {self.T}, got {steps!r}")
-        x = torch.randn(shape, device=self.alpha.device, dtype=self.alpha.dtype) if xT is None else xT
-        alpha, sigma = self.schedule.alpha.tolist(), self.schedule.sigma.tolist()
-        levels = [self.T - i * self.T // steps for i in range(steps + 1)]         # T .. 0
+        if xT is None:
+            xT = torch.randn(shape, device=self.alpha.device, dtype=self.alpha.dtype)
+        x, alpha, sigma = xT, self.schedule.alpha.tolist(), self.schedule.sigma.tolist()
+        levels = [self.T - i * self.T // steps for i in range(steps + 1)]               # T .. 0
         last_x0, last_h = None, None
         for t, s in zip(levels, levels[1:]):
             eps_hat = self.predict_noise(x, t)
             x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
-            if method == "dpm":                              # exact if x0_hat is linear in log(alpha/sigma)
-                h = math.inf if s == 0 else math.log(alpha[s] * sigma[t] / (sigma[s] * alpha[t]))
-                use_last = last_h is not None and s > 0
-                bend = h / (2 * last_h) * (x0_hat - last_x0) if use_last else 0
-                x = sigma[s] / sigma[t] * x + (alpha[s] - alpha[t] * sigma[s] / sigma[t]) * (x0_hat + bend)
+            if method == "dpm":            # x0_hat as a straight line in log(alpha/sigma), solved
+                h = math.log(alpha[s] * sigma[t] / (sigma[s] * alpha[t])) if s else math.inf
+                bend = h / (2 * last_h) * (x0_hat - last_x0) if s and last_h else 0
+                reach = alpha[s] - alpha[t] * sigma[s] / sigma[t]
+                x = sigma[s] / sigma[t] * x + reach * (x0_hat + bend)
                 last_x0, last_h = x0_hat, h
-            else:                                            # DDPM is DDIM with its eps partly renewed
-                noise = sigma[t] ** 2 - (alpha[t] / alpha[s] * sigma[s]) ** 2      # sigma_{t|s}^2
-                variance = noise * (sigma[s] / sigma[t]) ** 2 if method == "ddpm" else 0.0
-                x = alpha[s] * x0_hat + math.sqrt(sigma[s] ** 2 - variance) * eps_hat
-                x = x + math.sqrt(variance) * torch.randn_like(x) if variance else x
+            else:                          # DDPM is DDIM with part of its eps_hat drawn afresh
+                fresh = sigma[t] ** 2 - (alpha[t] / alpha[s] * sigma[s]) ** 2    # var of x_t | x_s
+                variance = fresh * (sigma[s] / sigma[t]) ** 2 if method == "ddpm" else 0.0
+                x = alpha[s] * x0_hat + math.sqrt(max(0, sigma[s] ** 2 - variance)) * eps_hat
+                if variance:
+                    x = x + math.sqrt(variance) * torch.randn_like(x)
         return x
-
-    # --------------------------------------------- audits: likelihoods that need only the denoiser
-
-    @torch.no_grad()
-    def elbo(self, x0, draws=4):
-        """Lower bound on E[log p_1(x_1) given x_0], nats (B,), from `draws` random levels per row.
-
-        -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
-        q(x_1|x_0) (Kingma et al. 2021); the integral runs over levels 1 .. T by the trapezoid rule.
-        It is loose by the denoiser's error and blind to the classifier's constants."""
-        d = x0[0].numel()
-        alpha, sigma = (v.to(x0.dtype) for v in self.schedule)
-        log_snr = 2 * (alpha[1:-1] / sigma[1:-1]).log()                                   # (T,)
-        width = torch.cat([log_snr[:1], log_snr[:-1]]) - torch.cat([log_snr[1:], log_snr[-1:]])
-        weight = (width / 4).to(x0)                            # half of the trapezoid rule's width/2
-        integral = 0
-        for _ in range(draws):
-            t = stratified_levels(len(x0), 1, self.T, x0.device)
-            t = t[torch.randperm(len(t), device=t.device)]
-            eps = torch.randn_like(x0)
-            eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
-            integral = integral + self.T / draws * weight[t - 1] * (eps - eps_hat).square().flatten(1).sum(1)
-        a, s, s1 = float(alpha[-2]), float(sigma[-2]), float(sigma[1])
-        prior = 0.5 * (a * a * x0.square().flatten(1).sum(1) + d * (s * s - 1 - math.log(s * s)))
-        return -(integral + prior + 0.5 * d * math.log(2 * math.pi * math.e * s1 * s1))
-
-    @torch.no_grad()
-    def ode_log_prob(self, x, t=1, steps=None, probes=0):
-        """log p_t(x), nats (B,), by the probability-flow ODE from level t (1 .. T-1) to level T.
-
-        In y = x/alpha and tau = sigma/alpha the flow is dy/dtau = eps_hat, and log p changes by its
-        divergence (Song et al. 2021). Heun's method on `steps` intervals between levels (default:
-        all), two predict_noise calls each. probes = 0: exact trace, d backward passes per call;
-        probes = n: Hutchinson's unbiased estimate from n random signs."""
-        if not isinstance(t, int) or not 1 <= t < self.T:
-            raise ValueError(f"the ODE starts at an int level in 1 .. T-1 = {self.T - 1}, got {t!r}")
-        steps = self.T - t if steps is None else steps
-        if not isinstance(steps, int) or not 1 <= steps <= self.T - t:
-            raise ValueError(f"steps must be an int in 1 .. T - t = {self.T - t}, got {steps!r}")
-        d = x[0].numel()
-        alpha, sigma = self.schedule.alpha.tolist(), self.schedule.sigma.tolist()
-        if probes:
-            vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
-        else:
-            vectors = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-
-        def flow(y, level):
-            eps_hat, pull = torch.func.vjp(lambda x: self.predict_noise(x, level), alpha[level] * y)
-            trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors) / max(probes, 1)
-            return eps_hat, sigma[level] * trace                       # dy/dtau, dlogp/dlog(tau)
-
-        levels = [t + i * (self.T - t) // steps for i in range(steps + 1)]
-        y, gained = x / alpha[t], 0
-        for a, b in zip(levels, levels[1:]):
-            tau_a, tau_b = sigma[a] / alpha[a], sigma[b] / alpha[b]
-            slope_a, trace_a = flow(y, a)
-            slope_b, trace_b = flow(y + (tau_b - tau_a) * slope_a, b)
-            y = y + (tau_b - tau_a) * (slope_a + slope_b) / 2
-            gained = gained + math.log(tau_b / tau_a) * (trace_a + trace_b) / 2
-        return log_normal(alpha[self.T] * y) + d * math.log(alpha[self.T] / alpha[t]) + gained
-
-    @torch.no_grad()
-    def bits_per_dim(self, images, by="one_pass", **options):
-        """Upper bound on -log2 P(k)/d of 8-bit images k (uint8, (B, ...)): bits/dim, (B,).
-
-        Pixels on a lattice have no density, so the bound passes through level 1, x_1 = noisy k:
-            -log P(k) <= E[ log q(x_1|k) - log p_1(x_1) - log P(k|x_1) ]
-        with P(k|x_1) over the 256 grey values of each pixel on its own. It is tight when sigma_1 is
-        at most a sixth of a grey step (log-SNR 13). by: where log p_1 comes from, "one_pass"
-        (theorem 3.2), "elbo" or "ode"; options go to that method. Grey value k is x_0 = (2k+1)/256 - 1."""
-        if images.dtype != torch.uint8:
-            raise ValueError(f"bits_per_dim takes uint8 images with values 0 .. 255, got {images.dtype}")
-        if by not in ("elbo", "ode") and not (by == "one_pass" and hasattr(self, "log_prob")):
-            raise ValueError(f"by must be 'one_pass' (CDM only), 'elbo' or 'ode', got {by!r}")
-        d, alpha, sigma = images[0].numel(), float(self.schedule.alpha[1]), float(self.schedule.sigma[1])
-        grey = (2 * torch.arange(256, device=images.device).to(self.alpha.dtype) + 1) / 256 - 1
-        x0 = grey[images.long()]
-        eps = torch.randn_like(x0)
-        x1 = alpha * x0 + sigma * eps
-        log_k = -(x1.flatten(1)[..., None] - alpha * grey).square() / (2 * sigma * sigma)   # (B, d, 256)
-        log_k = -F.cross_entropy(log_k.flatten(0, 1), images.long().flatten(), reduction="none")
-        log_q = log_normal(eps) - d * math.log(sigma)
-        if by == "elbo":                                       # it averages over eps, so must log_q
-            log_q, log_p1 = -0.5 * d * math.log(2 * math.pi * math.e * sigma ** 2), self.elbo(x0, **options)
-        else:
-            log_p1 = {"one_pass": getattr(self, "log_prob", None), "ode": self.ode_log_prob}[by](x1, 1, **options)
-        return (log_q - log_p1 - log_k.reshape(len(x0), d).sum(1)) / (d * math.log(2))
 
 
 # --------------------------------------------------------------- the two families, side by side
@@ -292,7 +207,7 @@ class DDM(Diffusion):
 
 
 class CDM(Diffusion):
-    """A classification diffusion model: net(x) -> logits (B, T+2) is not told t; guessing t is its task.
+    """A classification diffusion model: net(x) -> logits (B, T+2). To guess t is the net's task.
 
     net: a module or any callable, so an exact classifier can stand in. Rows must not influence each
     other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU)."""
@@ -310,8 +225,8 @@ class CDM(Diffusion):
         logits, pull = torch.func.vjp(self.logits, xt)                                    # (B, L)
         level = torch.arange(self.T + 2, device=xt.device)
         pick = (level == self.T + 1).to(xt) - (level == t[:, None]).to(xt)  # (B, L) e_{T+1} - e_t
-        (grad,) = pull(pick)                       # (B, ...) rows are independent: one pass serves all
-        _, sigma = self._scales(t, xt)                                                   # (B, 1, ..)
+        (grad,) = pull(pick)                   # (B, ...) rows are independent: one pass serves all
+        _, sigma = self._scales(t, xt)                                                # (B, 1, ..)
         return logits, sigma * (grad + xt)                                                # (B, ...)
 
     def predict_noise(self, xt, t):
@@ -319,7 +234,7 @@ class CDM(Diffusion):
         return self._logits_and_noise(xt, self._levels(t, xt))[1]
 
     def log_prob(self, x, t=0):
-        """Theorem 3.2: log p_t(x) in nats, (B,), from one forward pass. t = 0 is the data density."""
+        """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
         t = self._levels(t, x)
         logits = self.logits(x)                                                           # (B, L)
         log_ratio = logits.gather(1, t[:, None])[:, 0] - logits[:, -1]   # (B,) log p_t / p_{T+1}
@@ -328,8 +243,8 @@ class CDM(Diffusion):
     def loss(self, x0, w_ce=1.0, w_mse=1.0):
         """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at stratified levels t = 0 .. T+1.
 
-        CE alone has no signal where levels are told apart with certainty, so the gradients drift there;
-        MSE teaches the gradients but leaves each level's constant free. Together they fix both.
+        CE alone has no signal where levels are told apart with certainty, so gradients drift there.
+        MSE teaches the gradients, but leaves each level's constant free. Together they fix both.
         w_ce = 1 is right in 2-D; from 64 dimensions on the MSE must lead (w_ce about 0.001)."""
         t, eps = stratified_levels(len(x0), 0, self.T + 1, x0.device), torch.randn_like(x0)
         alpha, sigma = self._scales(t, x0)
@@ -343,14 +258,111 @@ class CDM(Diffusion):
         total = w_ce * ce + w_mse * mse if w_mse else w_ce * ce
         return Loss(total, ce.detach(), mse.detach())
 
-    @torch.no_grad()
-    def rung_log_z(self, x0):
-        """log E_{x ~ p_{t+1}} [exp(l_t(x) - l_{t+1}(x))] for t = 0 .. T: (T+1,), zeros if exact.
 
-        Each rung of the ladder from noise to data is a density ratio, so it must average to 1. Where
-        it does not, the classifier's constants are off there; x0 (B, ...) is held-out data."""
-        rungs = []
-        for t in range(self.T + 1):
-            logits = self.logits(self.add_noise(x0, t + 1, torch.randn_like(x0)))
-            rungs.append(torch.logsumexp(logits[:, t] - logits[:, t + 1], 0) - math.log(len(x0)))
-        return torch.stack(rungs)
+# ------------------------------------------------------- audits: can the likelihood be believed?
+#
+# The densities that a classifier short of the optimum states need not integrate to 1. Check them.
+
+
+@torch.no_grad()
+def rung_log_z(model, x0):
+    """log E_{x ~ p_{t+1}} [exp(l_t(x) - l_{t+1}(x))] of a CDM, t = 0 .. T: (T+1,), zeros if exact.
+
+    Each rung of the ladder from noise to data is a density ratio p_t / p_{t+1}, and so must average
+    to 1; where it does not, the classifier's constants are off. x0 (B, ...) is held-out data."""
+    rungs = []
+    for t in range(model.T + 1):
+        logits = model.logits(model.add_noise(x0, t + 1, torch.randn_like(x0)))
+        rungs.append(torch.logsumexp(logits[:, t] - logits[:, t + 1], 0) - math.log(len(x0)))
+    return torch.stack(rungs)
+
+
+@torch.no_grad()
+def elbo(model, x0, draws=4):
+    """Lower bound on E[log p_1(x_1) given x_0], nats (B,), from `draws` random levels per row.
+
+    -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
+    q(x_1|x_0) (Kingma et al. 2021), the integral over levels 1 .. T by the trapezoid rule. It uses
+    the denoiser alone: loose by its error, and blind to the constants that rung_log_z checks."""
+    alpha, sigma = (v[1:-1].to(x0.dtype) for v in model.schedule)                         # (T,)
+    log_snr, d = 2 * (alpha / sigma).log(), x0[0].numel()
+    left, right = log_snr[:1], log_snr[-1:]
+    width = (torch.cat([left, log_snr[:-1]]) - torch.cat([log_snr[1:], right])) / 2
+    weight, integral = (width / 2).to(x0), 0
+    for _ in range(draws):
+        t = stratified_levels(len(x0), 1, model.T, x0.device)
+        t = t[torch.randperm(len(t), device=t.device)]
+        eps = torch.randn_like(x0)
+        error = eps - model.predict_noise(model.add_noise(x0, t, eps), t)
+        integral = integral + model.T / draws * weight[t - 1] * error.square().flatten(1).sum(1)
+    var1, varT = float(sigma[0]) ** 2, float(sigma[-1]) ** 2
+    mean2 = float(alpha[-1]) ** 2 * x0.square().flatten(1).sum(1)
+    prior = 0.5 * (mean2 + d * (varT - 1 - math.log(varT)))              # KL(q(x_T|x_0) || N(0, I))
+    return -(integral + prior + 0.5 * d * math.log(2 * math.pi * math.e * var1))
+
+
+@torch.no_grad()
+def ode_log_prob(model, x, t=1, steps=None, probes=0):
+    """log p_t(x), nats (B,), by the probability-flow ODE from level t (1 .. T-1) to level T.
+
+    In y = x/alpha and tau = sigma/alpha the flow is dy/dtau = eps_hat, and log p changes by its
+    divergence (Song et al. 2021). Heun's method on `steps` intervals between levels (default: all),
+    two predict_noise calls each. probes = 0: exact trace, d backward passes per call; probes = n:
+    Hutchinson's unbiased estimate from n random sign vectors. ValueError for other t or steps."""
+    if not isinstance(t, int) or not 1 <= t < model.T:
+        raise ValueError(f"t must be an int level in 1 .. T-1 = {model.T - 1}, got {t!r}")
+    steps = model.T - t if steps is None else steps
+    if not isinstance(steps, int) or not 1 <= steps <= model.T - t:
+        raise ValueError(f"steps must be an int in 1 .. T - t = {model.T - t}, got {steps!r}")
+    alpha, sigma, d = model.schedule.alpha.tolist(), model.schedule.sigma.tolist(), x[0].numel()
+    if probes:
+        vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
+    else:
+        vectors = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+
+    def flow(y, level):
+        """dy/dtau, and its divergence as dlogp/dlog(tau)."""
+        eps_hat, pull = torch.func.vjp(lambda x: model.predict_noise(x, level), alpha[level] * y)
+        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors) / max(probes, 1)
+        return eps_hat, sigma[level] * trace
+
+    levels = [t + i * (model.T - t) // steps for i in range(steps + 1)]
+    y, gained = x / alpha[t], 0
+    for a, b in zip(levels, levels[1:]):
+        tau_a, tau_b = sigma[a] / alpha[a], sigma[b] / alpha[b]
+        slope_a, trace_a = flow(y, a)
+        slope_b, trace_b = flow(y + (tau_b - tau_a) * slope_a, b)
+        y = y + (tau_b - tau_a) * (slope_a + slope_b) / 2
+        gained = gained + math.log(tau_b / tau_a) * (trace_a + trace_b) / 2
+    return log_normal(alpha[model.T] * y) + d * math.log(alpha[model.T] / alpha[t]) + gained
+
+
+@torch.no_grad()
+def bits_per_dim(model, images, by="one_pass", **options):
+    """Upper bound on -log2 P(k)/d, bits/dim (B,), of 8-bit images k (uint8, (B, ...)).
+
+    Pixels on a lattice have no density, so the bound goes through level 1, a slightly noisy x_1:
+        -log P(k) <= E[ log q(x_1|k) - log p_1(x_1) - log P(k|x_1) ]
+    with P(k|x_1) a softmax over the 256 grey values, pixel by pixel. It is tight when sigma_1 is at
+    most a sixth of a grey step (log-SNR 13). Grey value k stands at x_0 = (2k+1)/256 - 1.
+    by: where log p_1 comes from, "one_pass" (theorem 3.2; CDM only), "elbo" or "ode" (`options` go
+    to that function). ValueError for anything else, or images that are not uint8."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8 with values 0 .. 255, got {images.dtype}")
+    if by not in ("elbo", "ode") and not (by == "one_pass" and hasattr(model, "log_prob")):
+        raise ValueError(f"by must be 'one_pass' (CDM only), 'elbo' or 'ode', got {by!r}")
+    alpha, sigma = float(model.schedule.alpha[1]), float(model.schedule.sigma[1])
+    d = images[0].numel()
+    grey = ((2 * torch.arange(256, device=images.device) + 1) / 256 - 1).to(model.alpha)
+    x0 = grey[images.long()]
+    eps = torch.randn_like(x0)
+    x1 = alpha * x0 + sigma * eps
+    fit = -((x1.flatten()[:, None] - alpha * grey) / sigma).square() / 2               # (B d, 256)
+    log_k = -F.cross_entropy(fit, images.long().flatten(), reduction="none").view(len(x0), d)
+    if by == "elbo":                                     # it averages over eps, and so must log q
+        log_q = -0.5 * d * math.log(2 * math.pi * math.e * sigma ** 2)
+        log_p1 = elbo(model, x0, **options)
+    else:
+        log_q = log_normal(eps) - d * math.log(sigma)
+        log_p1 = model.log_prob(x1, 1) if by == "one_pass" else ode_log_prob(model, x1, **options)
+    return (log_q - log_p1 - log_k.sum(1)) / (d * math.log(2))

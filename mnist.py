@@ -1,4 +1,4 @@
-"""CDM on MNIST: train a noise-level classifier, draw digits from it, read likelihoods off its logits.
+"""CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
 
     python mnist.py --quick            3 minutes on two CPU cores
     python mnist.py --device cuda      the full run
@@ -17,6 +17,7 @@ import math
 import os
 import time
 import urllib.request
+import zlib
 from pathlib import Path
 
 import matplotlib
@@ -26,39 +27,44 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cdm import CDM, log_snr_schedule
+from cdm import CDM, bits_per_dim, log_snr_schedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
 
 # ------------------------------------------------------------------------------------------- data
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
-FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",        # MD5 of the bytes inside the .gz
+MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+           "https://storage.googleapis.com/cvdf-datasets/mnist/")
+FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",  # MD5 of what is in the .gz
          "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
          "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
          "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
 
 def parse_idx(data, name, md5):
-    """The array inside an IDX file's bytes. ValueError if they are not the bytes expected."""
+    """The array in the bytes of an IDX file. ValueError if they are not what they should be."""
+    if data[:3] != b"\0\0\x08":
+        raise ValueError(f"{name} is no IDX file of bytes: it starts with {data[:4].hex()}")
     digest = hashlib.md5(data).hexdigest()
     if digest != md5:
-        raise ValueError(f"{name} is damaged or truncated: {len(data)} bytes with MD5 {digest}, expected {md5}")
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{name} is not an IDX file of bytes: it starts with {data[:4].hex()}")
-    shape = np.frombuffer(data, ">i4", data[3], 4)
-    return np.frombuffer(data, np.uint8, -1, 4 + 4 * data[3]).reshape(shape)
+        raise ValueError(f"{name} is damaged: {len(data)} bytes with MD5 {digest}, not {md5}")
+    axes = data[3]                                            # big-endian sizes, then the bytes
+    shape = np.frombuffer(data, ">i4", axes, 4)
+    return np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(shape)
 
 
 def read_or_download(folder, name, md5, mirrors=MIRRORS):
-    """One IDX array from folder/name or folder/name.gz, else from the first mirror that answers."""
+    """One IDX array from folder/name or folder/name.gz, else from the first mirror that answers.
+
+    SystemExit, with what to do, if a file there is damaged or no mirror gives a good one."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.exists():
             try:
-                return parse_idx(gzip.decompress(path.read_bytes()) if path.suffix else path.read_bytes(), path, md5)
-            except (EOFError, OSError, ValueError) as error:
-                raise SystemExit(f"{path} cannot be used ({error}). Delete it to download it again.")
+                data = path.read_bytes()
+                return parse_idx(gzip.decompress(data) if path.suffix == ".gz" else data, path, md5)
+            except (EOFError, OSError, ValueError, zlib.error) as error:
+                raise SystemExit(f"{path} cannot be used ({error}). Delete it to fetch it anew.")
     problems = []
     for mirror in mirrors:
         try:
@@ -71,22 +77,24 @@ def read_or_download(folder, name, md5, mirrors=MIRRORS):
             part.write_bytes(packed)
             os.replace(part, folder / f"{name}.gz")               # all of it or nothing
             return array
-        except (EOFError, OSError, ValueError) as error:
+        except (EOFError, OSError, ValueError, zlib.error) as error:
             problems.append(f"  {mirror}: {error}")
-    raise SystemExit("\n".join([f"MNIST could not be downloaded ({name}.gz):", *problems,
-                                f"Put these four files, with or without .gz, into {folder}/ (or name another --data):",
-                                *(f"  {f}" for f in FILES), "or run offline with --dataset digits."]))
+    raise SystemExit("\n".join([
+        f"MNIST could not be downloaded ({name}.gz):", *problems,
+        f"Put these four files, with or without .gz, into {folder}/ (or name another --data):",
+        *(f"  {f}" for f in FILES), "or run offline with --dataset digits."]))
 
 
 def load_data(dataset, folder):
     """Train, validation and test images: uint8 tensors (N, 1, H, W)."""
-    if dataset == "digits":                                       # 1797 real digits of 8x8, grey values 0 .. 16
+    if dataset == "digits":                                       # 1797 digits of 8x8, grey 0 .. 16
         images = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
         images = images[np.random.default_rng(0).permutation(len(images))]
         train, test, held_out = images[:1500], images[1500:], 150
     else:
-        arrays = {name: read_or_download(Path(folder), name, md5) for name, md5 in FILES.items() if "images" in name}
-        (train, test), held_out = arrays.values(), 5000
+        arrays = [read_or_download(Path(folder), name, md5) for name, md5 in FILES.items()]
+        train, _, test, _ = arrays                                # labels are not used
+        held_out = 5000
     train, test = (torch.from_numpy(a.copy())[:, None] for a in (train, test))
     return train[:-held_out], train[-held_out:], test
 
@@ -100,8 +108,8 @@ def to_x0(images):
 
 
 class Block(nn.Module):
-    """Two convolutions around a skip. GroupNorm: rows stay independent. SiLU: its curvature is not zero,
-    and the loss differentiates the network's gradient."""
+    """Two convolutions and a skip around them. GroupNorm, so that rows stay independent; SiLU,
+    which is curved everywhere, for the loss differentiates the network's gradient."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -145,34 +153,35 @@ class DigitClassifier(nn.Module):
         super().__init__()
         alpha, sigma = schedule
         self.unet = UNet(width)
-        self.pixel = nn.Conv2d(width, 5 * 4, 3, padding=1)         # 5 numbers for each of 2x2 pixels
+        self.pixel = nn.Conv2d(width, 5 * 4, 3, padding=1)        # 5 numbers for each of 2x2 pixels
         self.level = nn.Linear(width, len(alpha))
         for layer in (self.pixel, self.level):
             nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
         # the start: how often each pixel is black, white or grey in the training images
-        count = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)]).float().sum((1, 2)).flatten(1)
-        self.log_weight = nn.Parameter(((count + 1) / (count.sum(0) + 3)).log())                   # (3, d)
-        sigma = torch.cat([sigma[1:2] / 3, sigma[1:]])             # level 0: a small width in place of none
+        shades = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)])
+        count = shades.flatten(2).sum(1)                                                    # (3, d)
+        self.log_weight = nn.Parameter(((count + 1) / (len(images) + 3)).log())
+        sigma = torch.cat([sigma[1:2] / 3, sigma[1:]])     # level 0: a small width in place of none
         self.register_buffer("alpha", alpha.float())
         self.register_buffer("variance", sigma.float() ** 2)
 
     def forward(self, x):
         h = self.unet(x)
-        pixel = F.pixel_shuffle(self.pixel(h), 2).flatten(2)                                    # (B, 5, d)
-        weight = (pixel[:, :3] + self.log_weight).log_softmax(1)[..., None]                  # (B, 3, d, 1)
-        mean, log_var = pixel[:, 3, :, None], pixel[:, 4, :, None] - 1.5                        # (B, d, 1)
+        pixel = F.pixel_shuffle(self.pixel(h), 2).flatten(2)                             # (B, 5, d)
+        weight = (pixel[:, :3] + self.log_weight).log_softmax(1)[..., None]           # (B, 3, d, 1)
+        mean, log_var = pixel[:, 3, :, None], pixel[:, 4, :, None] - 1.5                 # (B, d, 1)
         x = x.flatten(1)[..., None]
-        black = self.log_normal(x, -255 / 256, 0.0)                                             # (B, d, L)
+        black = self.log_normal(x, -255 / 256, 0.0)                                      # (B, d, L)
         white = self.log_normal(x, 0.98, 0.01 ** 2)                # grey values 252 .. 255
         grey = self.log_normal(x, mean, log_var.exp())
         parts = weight[:, 0] + black, weight[:, 1] + white, weight[:, 2] + grey
-        with torch.no_grad():                                      # logsumexp by hand: the shift needs no
-            top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])      # gradient, 3 times faster
-        mixture = top + sum((part - top).exp() for part in parts).log()
-        return mixture.sum(1) + self.level(h.mean((2, 3)))                                      # (B, L)
+        with torch.no_grad():                # logsumexp by hand, no gradient through the shift:
+            top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])        # 3 times faster
+        mixture = top + sum((part - top).exp() for part in parts).log()                  # (B, d, L)
+        return mixture.sum(1) + self.level(h.mean((2, 3)))                                  # (B, L)
 
     def log_normal(self, x, mean, variance):
-        """log N(x; mean, variance) after noising to every level, without the constant all levels share."""
+        """log N(x; mean, variance) noised to every level, without the constant that all share."""
         noised = self.alpha ** 2 * variance + self.variance
         return -0.5 * (noised.log() + (x - self.alpha * mean) ** 2 / noised)
 
@@ -186,7 +195,7 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if cuda else "cpu")
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise SystemExit(f"--device {name}: torch {torch.__version__} sees no such device here; try --device cpu")
+        raise SystemExit(f"--device {name}: torch {torch.__version__} sees none; try --device cpu")
     return torch.device(name)
 
 
@@ -196,19 +205,21 @@ def build(config, images):
 
 
 def save(path, **content):
-    """Plain tensors and numbers, written beside the old file first, so that one good file is always there."""
+    """Plain tensors and numbers, written beside the old file first: a good one is always there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
 def load(path, device):
+    """The content of a checkpoint. SystemExit if it is missing, truncated or of another kind."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
         content["config"], content["ema"]
         return content
     except Exception as error:
-        raise SystemExit(f"{path} is not a usable checkpoint of this script: {type(error).__name__}: {error}")
+        problem = str(error).splitlines()[0]
+        raise SystemExit(f"{path} is no usable checkpoint ({type(error).__name__}: {problem})")
 
 
 def load_weights(model, weights, path):
@@ -219,14 +230,14 @@ def load_weights(model, weights, path):
 
 
 def compiled_loss(model, x0, w_ce):
-    """The whole loss compiled, gradient of the logits included; eager, and said so, where that fails."""
+    """The whole loss compiled, gradient of the logits included; eager, and said so, if it fails."""
     try:
         loss = torch.compile(model.loss)
         loss(x0, w_ce).total.backward()
         model.zero_grad()
         return loss
     except Exception as error:
-        print(f"compiling failed ({type(error).__name__}), going on without: slower, same results", flush=True)
+        print(f"compiling failed ({type(error).__name__}); going on without: slower, same results")
         return model.loss
 
 
@@ -256,32 +267,37 @@ def train(args, config, images, device):
         loss_of = compiled_loss(model, to_x0(images[:batch]), args.w_ce)
     args.out.mkdir(parents=True, exist_ok=True)
     log = open(args.out / "log.csv", "a" if first else "w")
+    log.write("" if first else "step,ce,mse,ms_per_step\n")
     every = max(1, min(100, steps // 20))
     for step in range(first + 1, steps + 1):
-        torch.manual_seed(args.seed * 1_000_003 + step)            # a step depends on its number alone, so
-        rows = torch.randint(len(images), (batch,), device=device)                # a resumed run repeats it
-        for group in optimiser.param_groups:                       # warm-up, then a half cosine to zero
-            group["lr"] = args.lr * min(step / (0.03 * steps + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
+        rows = torch.randint(len(images), (batch,), device=device)        # a resumed run repeats it
+        for group in optimiser.param_groups:                       # warm-up, then half a cosine
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            group["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
         loss = loss_of(to_x0(images[rows]), args.w_ce)
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if step % every == 0 and not math.isfinite(loss.total.item() + norm.item()):
-            kept = f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            raise SystemExit(f"training diverged: loss {loss.total.item()} at step {step}; {kept}. Try a lower --lr")
+            kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint yet"
+            raise SystemExit(f"training diverged, loss {loss.total.item()} at step {step}; {kept}. "
+                             "Try a lower --lr")
         optimiser.step()
-        with torch.no_grad():                                      # an average over about the last tenth
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(0.001, 9 / (9 + step)))
+        with torch.no_grad():                                      # averages about the last tenth
+            blend = max(0.001, 9 / (9 + step))
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), blend)
         if step == first + 2:
             start = time.time()                                    # the first steps warm up caches
-        if step % every == 0 or step == steps or step == first + 7:
-            ms = 1000 * (time.time() - start) / (step - first - 2) if step > first + 2 else math.nan
-            left = 0 if math.isnan(ms) else (steps - step) * ms / 1000
-            print(f"step {step:6d} of {steps}  CE {loss.ce.item():7.3f} nats  MSE {loss.mse.item():.4f}  {ms:5.0f} ms/step"
-                  f"  {1000 * batch / ms:6.0f} images/s  {clock(left)} left", flush=True)
-            if step == first + 7 and left > 900 and device.type == "cpu":
-                print(f"this takes {clock(left)} on this CPU; --quick takes minutes", flush=True)
+        if step > first + 2 and (step % every == 0 or step in (first + 7, steps)):
+            ms = 1000 * (time.time() - start) / (step - first - 2)
+            left = (steps - step) * ms / 1000
+            print(f"step {step:6d} of {steps}   CE {loss.ce.item():7.3f} nats   "
+                  f"MSE {loss.mse.item():.4f}   {ms:5.0f} ms/step   {1000 * batch / ms:6.0f} images/s   "
+                  f"{clock(left)} left", flush=True)
             log.write(f"{step},{loss.ce.item():.5f},{loss.mse.item():.6f},{ms:.1f}\n")
+            if step == first + 7 and left > 900 and device.type == "cpu":
+                print(f"about {clock(left)} in all on this CPU; --quick takes minutes", flush=True)
         if step % every == 0 or step == steps:
             log.flush()
             save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
@@ -295,24 +311,30 @@ def train(args, config, images, device):
 
 def measure(model, images, device, draws=4):
     """Print bits/dim of these images by one forward pass, beside the ELBO of the same network."""
-    print(f"\n{len(images)} images, 8 bit, {images[0].numel()} pixels        bits/dim    s.e.   network calls/image   seconds")
-    for name, by, options, calls in (("one forward pass (thm 3.2)", "one_pass", {}, "1 forward"),
-                                     ("ELBO of the same network", "elbo", dict(draws=draws), f"{draws} forward + backward")):
+    print(f"\n| bits/dim of {len(images):5d} images     |   mean |   s.e. "
+          "| network calls, each    | seconds |\n"
+          "| --------------------------- | ------ | ------ | ---------------------- | ------- |")
+    ways = [("one forward pass (thm. 3.2)", "one_pass", {}, "1 forward"),
+            ("ELBO of the same network", "elbo", dict(draws=draws), f"{draws} forward + backward")]
+    for name, by, options, calls in ways:
         start = time.time()
-        bits = torch.cat([model.bits_per_dim(k.to(device), by, **options) for k in images.split(100)])
+        batches = (k.to(device) for k in images.split(100))
+        bits = torch.cat([bits_per_dim(model, k, by, **options) for k in batches])
         error = bits.std().item() / len(bits) ** 0.5
-        print(f"{name:30s}    {bits.mean().item():10.3f} {error:8.3f}   {calls:20s} {time.time() - start:8.1f}", flush=True)
+        print(f"| {name:27s} | {bits.mean().item():6.3f} | {error:6.3f} "
+              f"| {calls:22s} | {time.time() - start:7.1f} |", flush=True)
 
 
 def draw(model, images, path, steps):
     """A picture: ten real digits in the top row, samples by DDIM below."""
-    start, rows = time.time(), 8
-    samples = model.sample((10 * rows, *images.shape[1:]), min(steps, model.T)).cpu()
-    real = to_x0(images[:10])
-    grid = torch.cat([real, samples]).clamp(-1, 1).unflatten(0, (rows + 1, 10))          # (9, 10, 1, H, W)
+    start, rows, steps = time.time(), 8, min(steps, model.T)
+    samples = model.sample((10 * rows, *images.shape[1:]), steps).cpu()
+    grid = torch.cat([to_x0(images[:10]), samples]).clamp(-1, 1).unflatten(0, (rows + 1, 10))
     fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=[1, rows], layout="constrained")
-    for ax, part, title in ((axes[0], grid[:1], "real"), (axes[1], grid[1:], f"CDM samples (DDIM, {steps} steps)")):
-        ax.imshow(part[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1), cmap="gray", vmin=-1, vmax=1)
+    titles = "real", f"drawn by the CDM (DDIM, {steps} steps)"
+    for ax, part, title in zip(axes, (grid[:1], grid[1:]), titles):
+        picture = part[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1)        # (rows H, 10 W)
+        ax.imshow(picture, cmap="gray", vmin=-1, vmax=1)
         ax.set_title(title, fontsize=10)
         ax.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,28 +344,31 @@ def draw(model, images, path, steps):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
-    p.add_argument("--data", default="data/mnist", help="folder of the four MNIST files (default %(default)s)")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda, else cpu")
-    p.add_argument("--quick", action="store_true", help="a small run: three minutes on two CPU cores")
-    p.add_argument("--out", type=Path, default=Path("runs/mnist"), help="folder for results (default %(default)s)")
-    p.add_argument("--weights", type=Path, help="sample and measure with this checkpoint, without training")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    p.add_argument("--split", choices=("validation", "test"), default="test", help="images to measure on")
-    p.add_argument("--measure", type=int, help="number of images to measure on (default 10000, quick 500)")
-    p.add_argument("--steps", type=int, help="training steps (default 20000, quick 250)")
-    p.add_argument("--batch", type=int, help="images per step (default 256, quick 64)")
-    p.add_argument("--width", type=int, help="channels, a multiple of 8 (default 64, quick 32)")
-    p.add_argument("--T", type=int, help="noise levels between clean and pure noise (default 256, quick 64)")
-    p.add_argument("--lr", type=float, help="peak learning rate (default 0.001, quick 0.003)")
-    p.add_argument("--w-ce", type=float, default=0.001, help="weight of the cross-entropy (default %(default)s)")
-    p.add_argument("--sample-steps", type=int, default=50, help="DDIM steps (default %(default)s)")
-    p.add_argument("--no-compile", action="store_true", help="do not compile the loss (cuda only)")
-    p.add_argument("--seed", type=int, default=0)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = p.add_argument
+    add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
+    add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto: cuda, else cpu")
+    add("--quick", action="store_true", help="a small run: three minutes on two CPU cores")
+    add("--out", type=Path, default=Path("runs/mnist"), help="folder for results (%(default)s)")
+    add("--weights", type=Path, help="sample and measure with this checkpoint, no training")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--split", choices=("validation", "test"), default="test", help="images to measure on")
+    add("--measure", type=int, help="how many images to measure on (10000, quick 500)")
+    add("--steps", type=int, help="training steps (20000, quick 400)")
+    add("--batch", type=int, help="images per step (256, quick 64)")
+    add("--width", type=int, help="channels, a multiple of 8 (64, quick 32)")
+    add("--T", type=int, help="noise levels between clean and pure noise (256, quick 64)")
+    add("--lr", type=float, help="peak learning rate (0.001, quick 0.004)")
+    add("--w-ce", type=float, default=0.001, help="weight of the cross-entropy (%(default)s)")
+    add("--sample-steps", type=int, default=50, help="DDIM steps (%(default)s)")
+    add("--no-compile", action="store_true", help="do not compile the loss (cuda only)")
+    add("--seed", type=int, default=0)
     args = p.parse_args()
-    full, quick = (20000, 256, 64, 256, 1e-3, 10000), (250, 64, 32, 64, 3e-3, 500)
-    for name, value in zip(("steps", "batch", "width", "T", "lr", "measure"), quick if args.quick else full):
+    full, quick = (20000, 256, 64, 256, 1e-3, 10000), (400, 64, 32, 64, 4e-3, 500)
+    names = "steps", "batch", "width", "T", "lr", "measure"
+    for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name in ("steps", "batch", "T", "measure", "sample_steps"):
@@ -355,7 +380,8 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     images, validation, test = load_data(args.dataset, args.data)
-    print(f"torch {torch.__version__} on {device}; {len(images)} training images of {images.shape[2]}x{images.shape[3]}")
+    print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
+          f"{images.shape[2]}x{images.shape[3]} pixels")
     if args.weights:
         kept = load(args.weights, device)
         if kept["config"]["dataset"] != args.dataset:
@@ -363,7 +389,8 @@ def main():
         model = build(kept["config"], images).to(device)
         load_weights(model, kept["ema"], args.weights)
     else:
-        config = dict(dataset=args.dataset, T=args.T, width=args.width, steps=args.steps)
+        names = "dataset", "T", "width", "steps", "batch", "lr", "w_ce", "seed"
+        config = {name: getattr(args, name) for name in names}
         model = train(args, config, images, device)
     model.eval()
     torch.manual_seed(args.seed)

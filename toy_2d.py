@@ -25,8 +25,8 @@ from cdm import CDM, log_snr_schedule
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
 
-SCHEDULE = log_snr_schedule(T=20, first=10, last=-6)      # few levels: neighbours still overlap in 2-D
-HALF, CELLS = 4.25, 300                                   # evaluation grid: [-4.25, 4.25]^2, 300 x 300
+SCHEDULE = log_snr_schedule(T=20, first=10, last=-6)   # few levels: neighbours still overlap in 2-D
+HALF, CELLS = 4.25, 300                                # evaluation grid: [-4.25, 4.25]^2, 300 x 300
 
 # ------------------------------------------------------------------------------------- the truth
 
@@ -51,12 +51,12 @@ class Oracle:
         """log p_t(x) in nats: (B, 2) -> (B,)."""
         alpha, sigma = float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
         half, std = alpha * self.half, math.hypot(alpha * self.std, sigma)
-        gap = (x[:, None] - alpha * self.centres).abs()                                    # (B, K, 2)
+        gap = (x[:, None] - alpha * self.centres).abs()                                  # (B, K, 2)
         if half == 0:
             log_bump = -0.5 * (gap / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))
         elif std == 0:
             log_bump = torch.where(gap < half, -math.log(2 * half), -math.inf)
-        else:                                             # a box blurred by a Gaussian: log of Phi(b) - Phi(a)
+        else:                                  # a box blurred by a Gaussian: log of Phi(b) - Phi(a)
             high, low = (torch.special.log_ndtr((edge - gap) / std) for edge in (half, -half))
             log_bump = high + torch.log(-torch.expm1(low - high)) - math.log(2 * half)
         return log_bump.sum(2).logsumexp(1) - math.log(len(self.centres))
@@ -87,7 +87,8 @@ def two_moons():
 
 def swiss_roll():
     points, along = make_swiss_roll(4000, random_state=0)
-    centres = torch.from_numpy(points[along.argsort()[5::10]][:, [0, 2]])     # 400, evenly along the roll
+    evenly = along.argsort()[5::10]                                                    # 400 of them
+    centres = torch.from_numpy(points[evenly][:, [0, 2]])
     return Oracle((centres - centres.mean(0)) / centres.std(0), std=0.1)
 
 
@@ -99,21 +100,22 @@ METHODS = {"CE": (1.0, 0.0), "MSE": (0.0, 1.0), "CDM": (1.0, 1.0)}             #
 
 
 class FourierMLP(nn.Module):
-    """Points (B, 2) -> logits (B, L). A plain MLP is too smooth in x, so it is shown waves of x too."""
+    """Points (B, 2) -> logits (B, L). A plain MLP is too smooth, so it is shown waves of x too."""
 
     def __init__(self, levels, width=128, layers=4, waves=16, highest=2.0):
         super().__init__()
-        self.register_buffer("frequency", 2 * math.pi * highest * torch.arange(1, waves + 1) / waves)
+        steps = torch.arange(1, waves + 1) / waves
+        self.register_buffer("frequency", 2 * math.pi * highest * steps)
         sizes = [2 + 4 * waves] + [width] * layers
         hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(width, levels))
 
     def forward(self, x):
-        phase = (x[..., None] * self.frequency).flatten(1)                                 # (B, 2 waves)
+        phase = (x[..., None] * self.frequency).flatten(1)                            # (B, 2 waves)
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-def train(oracle, w_ce, w_mse, steps, batch=256, lr=3e-3):
+def train(oracle, w_ce, w_mse, steps, batch=256, lr=5e-3):
     """A CDM fitted to fresh samples of the oracle: Adam, short warm-up, cosine decay."""
     model = CDM(FourierMLP(len(oracle.schedule.alpha)), oracle.schedule)
     optimiser = torch.optim.Adam(model.parameters())
@@ -150,46 +152,50 @@ def evaluate(model, oracle):
     kl_raw = torch.where(p > 0, p * (log_p - log_q), 0).sum().item() / p.sum().item()
     log_z = (torch.logsumexp(log_q, 0) + math.log(cell)).item()
     loss = model.loss(oracle.sample(20000).float())
-    return dict(KL_raw=kl_raw, log_Z=log_z, KL=kl_raw + log_z, CE=loss.ce.item(), MSE=loss.mse.item()), log_p, log_q
+    row = dict(KL_raw=kl_raw, log_Z=log_z, KL=kl_raw + log_z)
+    return dict(row, CE=loss.ce.item(), MSE=loss.mse.item()), log_p, log_q
 
 
 def run(dataset, method, steps, seed):
-    """One training and all that the table and the figure need of it; runs in a process of its own."""
-    torch.set_num_threads(1)                              # small tensors: two runs side by side are faster
+    """One training and all that table and figure need of it; runs in a process of its own."""
+    torch.set_num_threads(1)                       # small tensors: two runs side by side are faster
     torch.manual_seed(seed)
     oracle, start = DATASETS[dataset](), time.time()
     model = train(oracle, *METHODS[method], steps)
     seconds = time.time() - start
     row, log_p, log_q = evaluate(model, oracle)
-    t = int((SCHEDULE.sigma < 0.5).sum())                 # a middling level for the denoiser's picture
+    t = int((SCHEDULE.sigma < 0.5).sum())              # a middling level for the denoiser's picture
     axis = torch.linspace(-2.2, 2.2, 15)
     x = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         arrows = torch.cat([x, model.denoise(x, t) - x], 1)
     return dict(dataset=dataset, method=method, **row, seconds=seconds), dict(
         truth=log_p.numpy(), learned=log_q.numpy(), data=oracle.sample(3000).numpy(),
-        samples=model.sample((3000, 2), steps=20, method="dpm").numpy(), arrows=arrows.numpy())
+        samples=model.sample((3000, 2), steps=20, method="ddpm").numpy(), arrows=arrows.numpy())
 
 
 def figure(results, path):
     """Rows: densities. Columns: data, truth, what each method learned, samples, denoiser."""
     datasets = list(dict.fromkeys(d for d, _ in results))
     methods = [m for m in METHODS if (datasets[0], m) in results]
-    show = methods[-1]                                    # samples and arrows of one method: CDM if it ran
-    titles = ["data", "truth p"] + [f"learned, {m}" for m in methods] + [f"samples, {show}", f"x to x0_hat, {show}"]
+    show = methods[-1]                             # samples and arrows of one method: CDM if it ran
+    titles = ["data", "truth p", *(f"learned, {m}" for m in methods), f"samples, {show}",
+              f"x to x0_hat, {show}"]
     fig, axes = plt.subplots(len(datasets), len(titles), squeeze=False, layout="constrained",
                              figsize=(2 * len(titles), 2 * len(datasets) + 0.3))
     for row, dataset in zip(axes, datasets):
         first = results[dataset, show]
-        top, density = math.exp(first["truth"].max()), dict(extent=[-HALF, HALF] * 2, origin="lower", cmap="magma")
+        density = dict(extent=[-HALF, HALF] * 2, origin="lower", cmap="magma", vmin=0,
+                       vmax=math.exp(first["truth"].max()))
         for ax, title in zip(row, titles):
             ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
             if ax in axes[0]:
                 ax.set_title(title, fontsize=10)
         row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
         row[0].scatter(*first["data"].T, s=0.5, color="black")
-        for ax, log_q in zip(row[1:], [first["truth"]] + [results[dataset, m]["learned"] for m in methods]):
-            ax.imshow(torch.tensor(log_q).exp().view(CELLS, CELLS).T, vmin=0, vmax=top, **density)
+        learned = [results[dataset, m]["learned"] for m in methods]
+        for ax, log_q in zip(row[1:], [first["truth"], *learned]):
+            ax.imshow(torch.tensor(log_q).exp().view(CELLS, CELLS).T, **density)
         row[-2].scatter(*first["samples"].T, s=0.5, color="black")
         row[-1].quiver(*first["arrows"].T, angles="xy", scale_units="xy", scale=1, width=0.006)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,32 +208,34 @@ def names(known):
     def parse(text):
         for name in text.split(","):
             if name not in known:
-                raise argparse.ArgumentTypeError(f"unknown name {name!r}; known: {', '.join(known)}")
+                raise argparse.ArgumentTypeError(f"unknown {name!r}; known: {', '.join(known)}")
         return text.split(",")
     return parse
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--datasets", type=names(DATASETS), default=list(DATASETS), help="comma-separated names")
-    p.add_argument("--methods", type=names(METHODS), default=list(METHODS), help="comma-separated: CE, MSE, CDM")
-    p.add_argument("--steps", type=int, default=4000, help="training steps of 256 samples (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path("runs/toy_2d"), help="folder for the figure (default %(default)s)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = p.add_argument
+    add("--datasets", type=names(DATASETS), default=list(DATASETS), help=",".join(DATASETS))
+    add("--methods", type=names(METHODS), default=list(METHODS), help=",".join(METHODS))
+    add("--steps", type=int, default=4000, help="training steps of 256 samples (%(default)s)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for the figure (%(default)s)")
     args = p.parse_args()
     if args.steps < 1:
         p.error("--steps must be positive")
     jobs = [(d, m, args.steps, args.seed) for d in args.datasets for m in args.methods]
     workers = min(len(jobs), os.cpu_count() or 1)
-    print(f"{len(jobs)} trainings of {args.steps} steps, {workers} at a time; nats, lower KL is better\n\n"
+    print(f"{len(jobs)} trainings of {args.steps} steps, {workers} at a time; KL in nats\n\n"
           f"| density         | method |  KL_raw |   log Z |      KL |    CE |   MSE | seconds |\n"
-          f"| --------------- | ------ | ------- | ------- | ------- | ----- | ----- | ------- |", flush=True)
+          "| --------------- | ------ | ------- | ------- | ------- | ----- | ----- | ------- |",
+          flush=True)
     start, results = time.time(), {}
     with concurrent.futures.ProcessPoolExecutor(workers) as pool:
         for row, pictures in pool.map(run, *zip(*jobs)):
             results[row["dataset"], row["method"]] = pictures
-            print("| {dataset:15s} | {method:6s} | {KL_raw:7.4f} | {log_Z:7.4f} | {KL:7.4f} | {CE:5.3f} | {MSE:5.3f} "
-                  "| {seconds:7.1f} |".format(**row), flush=True)
+            print("| {dataset:15s} | {method:6s} | {KL_raw:7.4f} | {log_Z:7.4f} | {KL:7.4f} "
+                  "| {CE:5.3f} | {MSE:5.3f} | {seconds:7.1f} |".format(**row), flush=True)
     figure(results, args.out / "toy_2d.png")
     print(f"\n{time.time() - start:.0f} s in all; figure: {args.out / 'toy_2d.png'}")
 
