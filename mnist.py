@@ -5,7 +5,8 @@
     python mnist.py --dataset digits   8x8 digits that come with scikit-learn, no download
 
 Read it for the network (below), and for how bits/dim of 8-bit images are measured honestly. Results
-go to runs/mnist: model.pt (checkpoint), samples.png, log.csv. The method itself is in cdm.py. Not
+go to runs/mnist: model.pt (checkpoint; that of the run before becomes model.old.pt), samples.png,
+log.csv. The method itself is in cdm.py. Not
 here: distributed training, data augmentation, class labels.
 """
 
@@ -260,6 +261,8 @@ def train(args, config, images, device):
         load_weights(ema, kept["ema"], path)
         optimiser.load_state_dict(kept["optimiser"])
         first = kept["step"]
+    elif path.exists():
+        os.replace(path, path.with_suffix(".old.pt"))              # a new run loses no old one
     images = images.to(device)                                     # the whole data set, one tensor
     loss_of = model.loss
     if device.type == "cuda" and not args.no_compile:
@@ -269,6 +272,11 @@ def train(args, config, images, device):
     log = open(args.out / "log.csv", "a" if first else "w")
     log.write("" if first else "step,ce,mse,ms_per_step\n")
     every = max(1, min(100, steps // 20))
+
+    def checkpoint(step):
+        save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
+             optimiser=optimiser.state_dict())
+
     for step in range(first + 1, steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
         rows = torch.randint(len(images), (batch,), device=device)        # a resumed run repeats it
@@ -279,10 +287,12 @@ def train(args, config, images, device):
         loss = loss_of(to_x0(images[rows]), args.w_ce)
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if step % every == 0 and not math.isfinite(loss.total.item() + norm.item()):
-            kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint yet"
-            raise SystemExit(f"training diverged, loss {loss.total.item()} at step {step}; {kept}. "
-                             "Try a lower --lr")
+        if step % every == 0:
+            if not math.isfinite(loss.total.item() + norm.item()):
+                kept = f"{path} is the last good one" if path.exists() else "there is none yet"
+                raise SystemExit(f"training diverged: loss {loss.total.item()} at step {step}. "
+                                 f"Checkpoint: {kept}. Try a lower --lr")
+            checkpoint(step - 1)                                   # weights that just proved good
         optimiser.step()
         with torch.no_grad():                                      # averages about the last tenth
             blend = max(0.001, 9 / (9 + step))
@@ -293,16 +303,16 @@ def train(args, config, images, device):
             ms = 1000 * (time.time() - start) / (step - first - 2)
             left = (steps - step) * ms / 1000
             print(f"step {step:6d} of {steps}   CE {loss.ce.item():7.3f} nats   "
-                  f"MSE {loss.mse.item():.4f}   {ms:5.0f} ms/step   {1000 * batch / ms:6.0f} images/s   "
-                  f"{clock(left)} left", flush=True)
+                  f"MSE {loss.mse.item():.4f}   {ms:5.0f} ms/step   "
+                  f"{1000 * batch / ms:6.0f} images/s   {clock(left)} left", flush=True)
             log.write(f"{step},{loss.ce.item():.5f},{loss.mse.item():.6f},{ms:.1f}\n")
             if step == first + 7 and left > 900 and device.type == "cpu":
                 print(f"about {clock(left)} in all on this CPU; --quick takes minutes", flush=True)
-        if step % every == 0 or step == steps:
             log.flush()
-            save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
-                 optimiser=optimiser.state_dict())
     log.close()
+    if not all(p.isfinite().all() for p in ema.parameters()):
+        raise SystemExit(f"training diverged at the end; {path} keeps the last good checkpoint")
+    checkpoint(steps)
     return ema
 
 
@@ -334,7 +344,7 @@ def draw(model, images, path, steps):
     titles = "real", f"drawn by the CDM (DDIM, {steps} steps)"
     for ax, part, title in zip(axes, (grid[:1], grid[1:]), titles):
         picture = part[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1)        # (rows H, 10 W)
-        ax.imshow(picture, cmap="gray", vmin=-1, vmax=1)
+        ax.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1)
         ax.set_title(title, fontsize=10)
         ax.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)

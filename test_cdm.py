@@ -4,7 +4,12 @@ Run with `pytest`: under a minute on two CPU cores, no network access. Read the 
 """
 
 import copy
+import gzip
+import hashlib
 import math
+import os
+import re
+import sys
 
 import pytest
 import torch
@@ -12,6 +17,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import cdm
+import mnist
+import toy_2d
 from cdm import (CDM, DDM, Schedule, bits_per_dim, ddpm_schedule, elbo, log_snr_schedule,
                  ode_log_prob, ot_schedule, rung_log_z, uniform_schedule)
 
@@ -316,6 +323,16 @@ def test_elbo_ode_and_one_pass_agree_for_the_exact_classifier():
     assert elbo(noisier, x0, draws=5).mean() < bound.mean() - 0.1
 
 
+def test_the_elbo_is_a_lower_bound_also_where_level_T_is_not_yet_noise():
+    schedule = log_snr_schedule(80, 8, 0)                   # alpha_T^2 = 1/2: the prior term counts
+    truth = one_gaussian(schedule, (1.0, -1.0))
+    model, x0 = CDM(truth.logits, schedule), truth.sample(2000)
+    x1 = model.add_noise(x0, 1, torch.randn_like(x0))
+    gap = model.log_prob(x1, 1).mean() - elbo(model, x0, draws=20).mean()
+    mean, cov = truth.noised_means[80, 0], truth.noised_covs[80, 0]  # the gap is KL(p_T || N(0, I))
+    assert_close(gap, 0.5 * (mean @ mean + cov.trace() - 2 - cov.logdet()), atol=0.08, rtol=0)
+
+
 def test_hutchinson_is_an_unbiased_trace():
     schedule = log_snr_schedule(50, 6, -8)
     truth = one_gaussian(schedule)
@@ -456,3 +473,146 @@ def test_a_short_training_beats_a_stated_bar():
     log_z = (log_q.exp().sum() * cell).log()
     kl = (log_p.exp() * (log_p - log_q)).sum() * cell + log_z
     assert 0 <= kl < 0.03 and abs(log_z) < 0.1, (kl, log_z)   # N(0, I) instead of the model: KL 0.9
+
+
+# ------------------------------------------------------------------------------ toy_2d.py, mnist.py
+
+
+@pytest.mark.parametrize("name", toy_2d.DATASETS)
+def test_the_oracles_are_exact_at_every_level(name):
+    oracle, points = toy_2d.DATASETS[name](), toy_2d.grid()
+    points, cell = points[::3], 3 * (2 * toy_2d.HALF / toy_2d.CELLS) ** 2
+    for t in (0, 12, 21):
+        p = oracle.log_prob(points, t).exp()
+        assert_close((p.sum() * cell).item(), 1.0, atol=0.01, rtol=0)
+        x = oracle.sample(20000, t)                            # Monte Carlo of the noising process
+        inside = (points.norm(dim=1) < 1.3).double()
+        expected, seen = (p * inside).sum() * cell, (x.norm(dim=1) < 1.3).double().mean()
+        assert_close(seen, expected, atol=0.02, rtol=0)
+    few = points[::2999]
+    assert_close(oracle.logits(few)[:, 12], oracle.log_prob(few, 12))
+
+
+def test_the_table_gives_the_truth_a_kl_of_zero():
+    oracle = toy_2d.checkerboard()
+    model = CDM(lambda x: oracle.logits(x.double()), oracle.schedule)
+    row, log_p, log_q = toy_2d.evaluate(model, oracle)
+    assert abs(row["KL"]) < 1e-4 and abs(row["log_Z"]) < 1e-4
+    assert log_p.shape == log_q.shape == (toy_2d.CELLS ** 2,)
+
+
+def digit_model(seed=0):
+    torch.manual_seed(seed)
+    images = (torch.rand(50, 1, 8, 8) * 300 - 40).clamp(0, 255).to(torch.uint8)
+    model = mnist.build(dict(T=12, width=16), images)
+    return model, images
+
+
+def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels():
+    model, images = digit_model()
+    x, alpha, sigma = torch.randn(3, 1, 8, 8), model.schedule.alpha, model.schedule.sigma
+    shades = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)])
+    share = shades.double().mean(1)
+    share = (50 * share + 1) / 53                             # (3, 1, 8, 8), one count more of each
+    means, stds = torch.tensor([-255 / 256, 0.98, 0.0]), torch.tensor([0.0, 0.01, math.exp(-0.75)])
+    for t in (1, 6, 12):
+        p = sum(w * torch.distributions.Normal(alpha[t] * m, torch.hypot(alpha[t] * s, sigma[t]))
+                .log_prob(x).exp() for w, m, s in zip(share, means, stds))
+        exact = p.log().flatten(1).sum(1)
+        assert_close(model.log_prob(x, t).double(), exact, atol=0.1, rtol=1e-3)
+
+
+def test_the_digit_classifier_keeps_rows_apart_and_the_mse_reaches_every_weight():
+    model, _ = digit_model()
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)                  # away from the zeros of the start
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 4, 8, 12])
+    alone = torch.cat([model.predict_noise(x[i:i + 1], t[i:i + 1]) for i in range(4)])
+    assert_close(model.predict_noise(x, t), alone, rtol=1e-4, atol=1e-4)
+    model.loss(x, w_ce=0).total.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad.abs().max() > 0) == (name != "net.level.bias"), name
+
+
+def run_digits(monkeypatch, out, *flags):
+    command = f"""mnist.py --dataset digits --quick --device cpu --batch 16 --width 8 --T 12
+                  --measure 20 --sample-steps 4 --out {out}"""
+    monkeypatch.setattr(sys, "argv", command.split() + list(flags))
+    mnist.main()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_weights_measure_the_same(
+        monkeypatch, tmp_path, capsys):
+    run_digits(monkeypatch, tmp_path / "a", "--steps", "6")
+    numbers = re.findall(r"\d\.\d{3} ", capsys.readouterr().out.split("| bits/dim")[1])
+    assert len(numbers) == 4                                  # mean and s.e. of one pass and ELBO
+    save = mnist.save
+    def stop(path, **content):
+        save(path, **content)
+        if content["step"] == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(mnist, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_digits(monkeypatch, tmp_path / "b", "--steps", "6")
+    monkeypatch.setattr(mnist, "save", save)
+    run_digits(monkeypatch, tmp_path / "b", "--steps", "6", "--resume")
+    a, b = (mnist.load(tmp_path / name / "model.pt", "cpu") for name in "ab")
+    assert a["step"] == b["step"] == 6
+    for part in ("model", "ema"):
+        assert_close(a[part], b[part], rtol=0, atol=0)
+    capsys.readouterr()
+    run_digits(monkeypatch, tmp_path / "c", "--weights", str(tmp_path / "a" / "model.pt"))
+    assert re.findall(r"\d\.\d{3} ", capsys.readouterr().out.split("| bits/dim")[1]) == numbers
+    assert (tmp_path / "c" / "samples.png").stat().st_size > 2000
+
+
+def test_what_cannot_go_on_says_why_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="diverged.*lower --lr"):
+        run_digits(monkeypatch, tmp_path, "--steps", "8", "--lr", "1e30")
+    kept = mnist.load(tmp_path / "model.pt", "cpu")
+    assert all(v.isfinite().all() for v in kept["ema"].values())
+    with pytest.raises(SystemExit, match="was made with"):
+        run_digits(monkeypatch, tmp_path, "--steps", "9", "--resume")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:3000])
+    for name in ("cut.pt", "absent.pt"):
+        with pytest.raises(SystemExit, match="no usable checkpoint"):
+            run_digits(monkeypatch, tmp_path, "--weights", str(tmp_path / name))
+    kept["config"]["width"] = 16
+    mnist.save(tmp_path / "wide.pt", **kept)
+    with pytest.raises(SystemExit, match="another shape"):
+        run_digits(monkeypatch, tmp_path, "--weights", str(tmp_path / "wide.pt"))
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="--device cuda"):
+            mnist.pick_device("cuda")
+    assert mnist.pick_device("auto").type in ("cpu", "cuda")
+
+
+IDX = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(range(24))
+
+
+def test_the_reader_takes_good_files_and_says_what_is_wrong_with_others(tmp_path):
+    md5 = hashlib.md5(IDX).hexdigest()
+    assert mnist.parse_idx(IDX, "good", md5).shape == (2, 3, 4)
+    for bad, why in ((IDX[:-1], "damaged"), (b"<html>" + IDX, "no IDX file")):
+        with pytest.raises(ValueError, match=why):
+            mnist.parse_idx(bad, "bad", md5)
+    (tmp_path / "f").write_bytes(IDX)
+    assert mnist.read_or_download(tmp_path, "f", md5, mirrors=()).sum() == sum(range(24))
+    (tmp_path / "g.gz").write_bytes(gzip.compress(IDX)[:-9])
+    with pytest.raises(SystemExit, match="g.gz cannot be used"):
+        mnist.read_or_download(tmp_path, "g", md5, mirrors=())
+
+
+def test_a_download_tries_each_mirror_and_leaves_nothing_half_done(tmp_path, capsys):
+    md5, mirrors = hashlib.md5(IDX).hexdigest(), []
+    whole = gzip.compress(IDX)
+    for name, content in (("down", None), ("cut", whole[:-9]), ("good", whole)):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "f.gz").write_bytes(content)
+        mirrors.append((tmp_path / name).as_uri() + "/")
+    with pytest.raises(SystemExit, match="(?s)not be downloaded.*t10k-labels.*--dataset digits"):
+        mnist.read_or_download(tmp_path / "data", "f", md5, mirrors[:2])
+    assert not (tmp_path / "data").exists()
+    assert mnist.read_or_download(tmp_path / "data", "f", md5, mirrors).shape == (2, 3, 4)
+    assert os.listdir(tmp_path / "data") == ["f.gz"]

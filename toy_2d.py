@@ -94,7 +94,7 @@ def swiss_roll():
 
 DATASETS = {"eight_gaussians": eight_gaussians, "checkerboard": checkerboard,
             "two_moons": two_moons, "swiss_roll": swiss_roll}
-METHODS = {"CE": (1.0, 0.0), "MSE": (0.0, 1.0), "CDM": (1.0, 1.0)}             # w_ce, w_mse
+METHODS = {"CE": (1.0, 0.0), "MSE": (0.0, 1.0), "CDM": (1.0, 0.3)}             # w_ce, w_mse
 
 # ------------------------------------------------------------------------------------ the learner
 
@@ -195,7 +195,7 @@ def figure(results, path):
         row[0].scatter(*first["data"].T, s=0.5, color="black")
         learned = [results[dataset, m]["learned"] for m in methods]
         for ax, log_q in zip(row[1:], [first["truth"], *learned]):
-            ax.imshow(torch.tensor(log_q).exp().view(CELLS, CELLS).T, **density)
+            ax.imshow(torch.tensor(log_q).exp().view(CELLS, CELLS).T.numpy(), **density)
         row[-2].scatter(*first["samples"].T, s=0.5, color="black")
         row[-1].quiver(*first["arrows"].T, angles="xy", scale_units="xy", scale=1, width=0.006)
     path.parent.mkdir(parents=True, exist_ok=True)
