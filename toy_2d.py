@@ -115,7 +115,7 @@ class FourierMLP(nn.Module):
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-def train(oracle, w_ce, w_mse, steps, batch=256, lr=5e-3):
+def train(oracle, w_ce, w_mse, steps, batch=512, lr=5e-3):
     """A CDM fitted to fresh samples of the oracle: Adam, short warm-up, cosine decay."""
     model = CDM(FourierMLP(len(oracle.schedule.alpha)), oracle.schedule)
     optimiser = torch.optim.Adam(model.parameters())
@@ -218,7 +218,7 @@ def main():
     add = p.add_argument
     add("--datasets", type=names(DATASETS), default=list(DATASETS), help=",".join(DATASETS))
     add("--methods", type=names(METHODS), default=list(METHODS), help=",".join(METHODS))
-    add("--steps", type=int, default=4000, help="training steps of 256 samples (%(default)s)")
+    add("--steps", type=int, default=3200, help="training steps of 512 samples (%(default)s)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for the figure (%(default)s)")
     args = p.parse_args()
