@@ -221,7 +221,10 @@ class CDM(Diffusion):
         return logits
 
     def _logits_and_noise(self, xt, t):
-        """Theorem 3.1, the one place where the classifier is differentiated: l(xt) and eps_hat."""
+        """Theorem 3.1, the one place where the classifier is differentiated: l(xt) and eps_hat.
+
+        vjp rather than autograd.grad: it can be compiled, it stays differentiable in the weights
+        (training), and under no_grad it keeps no graph of them (sampling)."""
         logits, pull = torch.func.vjp(self.logits, xt)                                    # (B, L)
         level = torch.arange(self.T + 2, device=xt.device)
         pick = (level == self.T + 1).to(xt) - (level == t[:, None]).to(xt)  # (B, L) e_{T+1} - e_t
