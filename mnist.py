@@ -340,8 +340,7 @@ def measure(model, images, device, draws=4):
     if means["one_pass"] < means["elbo"] - 0.02:
         gap = means["elbo"] - means["one_pass"]
         print(f"\none pass is {gap:.2f} below the ELBO: the classifier is not at its optimum yet, "
-              "its densities\n"
-              "need not integrate to 1. Trust the ELBO.")
+              "its densities\nneed not integrate to 1. Trust the ELBO.")
 
 
 def draw(model, images, path, steps):
