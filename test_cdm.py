@@ -195,8 +195,10 @@ def test_the_loss_is_its_parts_and_minimal_for_the_exact_classifier():
     assert tilted.ce > exact.ce + 0.02 and tilted.mse > exact.mse + 0.005
 
 
-def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients():
-    eager, x0 = small_model(), torch.randn(32, 2)
+@pytest.mark.parametrize("network", ["MLP", "DigitClassifier"])
+def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients(network):
+    eager, shape = (small_model(), (2,)) if network == "MLP" else (digit_model()[0], (1, 8, 8))
+    x0 = torch.randn(32, *shape)
     twin = copy.deepcopy(eager)
     compiled = torch.compile(twin.loss, backend="aot_eager", fullgraph=True)
     torch.manual_seed(1)
