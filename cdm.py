@@ -129,7 +129,7 @@ class Diffusion(nn.Module):
         """t as a long tensor (B,), after checking that it lies in low .. high (default T+1)."""
         high = self.T + 1 if high is None else high
         if isinstance(t, int) and low <= t <= high:
-            return torch.full((len(x),), t, device=x.device)
+            return torch.full((len(x),), t, device=x.device, dtype=torch.long)
         if isinstance(t, torch.Tensor) and t.dtype == torch.long and t.shape == x.shape[:1]:
             if torch.compiler.is_compiling() or not ((t < low) | (t > high)).any():
                 return t
@@ -286,7 +286,10 @@ def elbo(model, x0, draws=4):
 
     -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
     q(x_1|x_0) (Kingma et al. 2021), the integral over levels 1 .. T by the trapezoid rule. It uses
-    the denoiser alone: loose by its error, and blind to the constants that rung_log_z checks."""
+    the denoiser alone: loose by its error, and blind to the constants that rung_log_z checks. The
+    rule errs, to either side, where levels are over 1 apart in log-SNR. ValueError if draws < 1."""
+    if draws < 1:
+        raise ValueError(f"draws must be 1 or more, got {draws!r}")
     alpha, sigma = (v[1:-1].to(x0.dtype) for v in model.schedule)                         # (T,)
     log_snr, d = 2 * (alpha / sigma).log(), x0[0].numel()
     left, right = log_snr[:1], log_snr[-1:]
@@ -317,6 +320,8 @@ def ode_log_prob(model, x, t=1, steps=None, probes=0):
     steps = model.T - t if steps is None else steps
     if not isinstance(steps, int) or not 1 <= steps <= model.T - t:
         raise ValueError(f"steps must be an int in 1 .. T - t = {model.T - t}, got {steps!r}")
+    if probes < 0:
+        raise ValueError(f"probes must be 0 (exact trace) or more, got {probes!r}")
     alpha, sigma, d = model.schedule.alpha.tolist(), model.schedule.sigma.tolist(), x[0].numel()
     if probes:
         vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
@@ -367,5 +372,6 @@ def bits_per_dim(model, images, by="one_pass", **options):
         log_p1 = elbo(model, x0, **options)
     else:
         log_q = log_normal(eps) - d * math.log(sigma)
-        log_p1 = model.log_prob(x1, 1) if by == "one_pass" else ode_log_prob(model, x1, **options)
+        one_pass = by == "one_pass"
+        log_p1 = model.log_prob(x1, 1) if one_pass else ode_log_prob(model, x1, 1, **options)
     return (log_q - log_p1 - log_k.sum(1)) / (d * math.log(2))

@@ -322,7 +322,7 @@ def train(args, config, images, device):
 def measure(model, images, device, draws=4):
     """Print bits/dim of these images by one forward pass, beside the ELBO of the same network.
 
-    The ELBO is a true bound whatever the classifier's constants are, so it audits the one pass."""
+    The ELBO does not depend on the classifier's constants, so it audits the one pass."""
     print(f"\n| bits/dim of {len(images):5d} images    |   mean |   s.e. "
           "| network calls, each    | seconds |\n"
           "| --------------------------- | ------ | ------ | ---------------------- | ------- |")
@@ -391,7 +391,9 @@ def main():
             setattr(args, name, value)
     for name in ("steps", "batch", "T", "measure", "sample_steps"):
         if getattr(args, name) < (2 if name == "T" else 1):
-            p.error(f"--{name.replace('_', '-')} must be positive (T: 2 or more)")
+            p.error(f"--{name.replace('_', '-')} must be at least {2 if name == 'T' else 1}")
+    if not args.lr > 0 or args.w_ce < 0:
+        p.error("--lr must be positive and --w-ce not negative")
     if args.width < 8 or args.width % 8:
         p.error("--width must be a multiple of 8")
     device = pick_device(args.device)

@@ -447,6 +447,8 @@ BAD = {
     "steps above T": lambda m, x: m.sample((4, 2), steps=11),
     "ODE level": lambda m, x: ode_log_prob(m, x, 0),
     "ODE steps": lambda m, x: ode_log_prob(m, x, 1, steps=10),
+    "ODE probes": lambda m, x: ode_log_prob(m, x, probes=-1),
+    "ELBO draws": lambda m, x: elbo(m, x, draws=0),
     "float images": lambda m, x: bits_per_dim(m, x),
     "unknown likelihood": lambda m, x: bits_per_dim(m, x.byte(), by="guess"),
     "DDM has no one pass": lambda m, x: bits_per_dim(DDM(m.net, m.schedule), x.byte()),
