@@ -306,7 +306,7 @@ def train(args, config, images, device):
                   f"MSE {loss.mse.item():.4f}   {ms:5.0f} ms/step   "
                   f"{1000 * batch / ms:6.0f} images/s   {clock(left)} left", flush=True)
             log.write(f"{step},{loss.ce.item():.5f},{loss.mse.item():.6f},{ms:.1f}\n")
-            if step == first + 7 and left > 900 and device.type == "cpu":
+            if step == first + 7 and left > 900 and device.type == "cpu" and not args.quick:
                 print(f"about {clock(left)} in all on this CPU; --quick takes minutes", flush=True)
             log.flush()
     log.close()
