@@ -499,10 +499,66 @@ def test_the_oracles_are_exact_at_every_level(name):
 
 def test_the_table_gives_the_truth_a_kl_of_zero():
     oracle = toy_2d.checkerboard()
-    model = CDM(lambda x: oracle.logits(x.double()), oracle.schedule)
-    row, log_p, log_q = toy_2d.evaluate(model, oracle)
+    row, log_p, log_q = toy_2d.evaluate(lambda x: oracle.log_prob(x.double()), oracle)
     assert abs(row["KL"]) < 1e-4 and abs(row["log_Z"]) < 1e-4
     assert log_p.shape == log_q.shape == (toy_2d.CELLS ** 2,)
+    shifted = toy_2d.evaluate(lambda x: oracle.log_prob(x.double()) + 0.5, oracle)[0]
+    assert_close((shifted["KL_raw"], shifted["log_Z"], shifted["KL"]), (-0.5, 0.5, 0.0),
+                 atol=1e-4, rtol=0)                              # KL_raw alone rewards a wrong scale
+
+
+@pytest.mark.parametrize("name", toy_2d.METHODS)
+@pytest.mark.parametrize("mean, std", [((0.8, -0.4), 0.4), ((0.0, 0.0), 1.0)])
+def test_every_method_recovers_a_known_log_ratio(name, mean, std):
+    # of N(mean, std^2 I) to N(0, I); in the second case it is 0 everywhere
+    oracle = toy_2d.Oracle(torch.tensor([mean]), std=std, schedule=log_snr_schedule(20, 8, -6))
+    make = lambda outputs, timed=False: toy_2d.MLP(2 + timed, outputs, width=64, layers=2, waves=0)
+    method = toy_2d.METHODS[name](make, oracle.schedule)
+    toy_2d.train(method, lambda: oracle.sample(512).float(), steps=400, lr=1e-2)
+    x = oracle.sample(500)
+    with torch.no_grad():
+        error = method.log_prob(x.float()) - oracle.log_prob(x)
+    if name == "MSE":
+        error = error - error.mean()                      # it does not know the constant
+    tolerance = 0.3 if name in ("MSE", "DDM + ODE") else 0.15
+    assert error.abs().mean() < tolerance   # log p = log N(x; 0, I): 1.5, without its mean 0.7
+
+
+def test_the_mse_is_blind_to_mode_weights_and_the_cross_entropy_is_not():
+    # an exact classifier, and one that believes in weights 0.5, 0.5 while the modes are far apart
+    right = toy_2d.two_modes()
+    equal = toy_2d.Oracle(right.centres, std=right.std)
+    near = torch.arange(22) <= 8
+    wrong = lambda x: torch.where(near, equal.logits(x), right.logits(x))
+    x0, losses = right.sample(4000), []
+    for logits in (right.logits, wrong):
+        torch.manual_seed(1)
+        losses.append(CDM(logits, right.schedule).loss(x0))
+    assert_close(losses[1].mse, losses[0].mse, atol=1e-5, rtol=0)
+    assert losses[1].ce > losses[0].ce + 0.02
+
+
+def test_correlated_pairs_have_the_stated_densities_and_log_ratio():
+    oracle, d = toy_2d.CorrelatedPairs(6), 6
+    for t in (0, 15, 41):
+        alpha, sigma = (float(v[t]) for v in oracle.schedule)
+        cov = torch.eye(d).double()
+        for i in range(3):
+            cov[i, i + 3] = cov[i + 3, i] = alpha ** 2 * oracle.RHO
+        exact = torch.distributions.MultivariateNormal(torch.zeros(d).double(), cov)
+        x = oracle.sample(20000, t).double()
+        assert_close(x.T.cov(), cov, atol=0.05, rtol=0)
+        found = oracle.logits(x)
+        assert_close(found[:, t] - found[:, -1], exact.log_prob(x) - cdm.log_normal(x))
+        if t == 0:
+            assert_close((found[:, 0] - found[:, -1]).mean().item(), d / 4, atol=0.05, rtol=0)
+
+
+def test_a_table_shows_mean_and_spread_over_seeds(capsys):
+    rows = [dict(a="x", b=b, v=v, s=4.0) for b, v in (("p", 1.0), ("p", 3.0), ("q", 5.0))]
+    toy_2d.pivot(rows, "title", "a", "b", "v", 1, ["s"])
+    lines = [re.sub(" +", " ", line) for line in capsys.readouterr().out.split("\n")]
+    assert "| a | p | q | s |" in lines and "| x | 2.0 ± 1.4 | 5.0 | 4 |" in lines
 
 
 def digit_model(seed=0):
