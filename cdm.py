@@ -346,6 +346,39 @@ def ode_log_prob(model, x, t=1, steps=None, probes=0):
 
 
 @torch.no_grad()
+def annealed_log_z(model, x, forward=True, moves=1, size=0.5):
+    """log Z_1, the log-integral of a CDM's p_1 (0 if it is normalised): log-weights in nats (B,).
+
+    Annealed importance sampling (Neal 2001) through all levels, with `moves` MALA moves under each
+    p_t, of step size * sigma_t. forward: x (B, ...) ~ N(0, I) goes down to level 1, and
+    log mean exp(w) is a lower bound in expectation. Else x, data at level 1, goes up, and
+    -log mean exp(-w) is an upper bound as far as data follow p_1. Trust log Z where they meet."""
+    def at(x, t):
+        """log p_t and its gradient, which is -eps_hat / sigma_t; log p_t / p_{t+1}."""
+        logits, eps_hat = model._logits_and_noise(x, model._levels(t, x))
+        log_p = logits[:, t] - logits[:, -1] + log_normal(x)
+        return log_p, -eps_hat / float(model.schedule.sigma[t]), logits[:, t] - logits[:, t + 1]
+
+    log_w = torch.zeros(len(x)).to(x)
+    for t in range(model.T, 0, -1) if forward else range(1, model.T + 1):
+        step = size * float(model.schedule.sigma[t])
+        here = at(x, t)
+        log_w += here[2] if forward else 0
+        for _ in range(moves):
+            noise = torch.randn_like(x)
+            new = x + step ** 2 / 2 * here[1] + step * noise
+            there = at(new, t)
+            back = (x - new - step ** 2 / 2 * there[1]) / step
+            ratio = there[0] - here[0] + log_normal(back) - log_normal(noise)
+            accept = torch.rand(len(x), device=x.device).log() < ratio
+            rows = accept.view(-1, *[1] * (x.dim() - 1))
+            x = torch.where(rows, new, x)
+            here = [torch.where(rows if v.dim() > 1 else accept, v, u) for u, v in zip(here, there)]
+        log_w += 0 if forward else here[2]
+    return log_w
+
+
+@torch.no_grad()
 def bits_per_dim(model, images, by="one_pass", **options):
     """Upper bound on -log2 P(k)/d, bits/dim (B,), of 8-bit images k (uint8, (B, ...)).
 

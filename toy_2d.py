@@ -363,7 +363,7 @@ def pivot(rows, title, down, across, value, digits, means=()):
             lines[-1].append(f"{statistics.mean(seeds):.{digits}f}")
             if len(seeds) > 1:
                 lines[-1][-1] += f" ± {statistics.stdev(seeds):.{digits}f}"
-        lines[-1] += [f"{statistics.mean(r[m] for r in mine):.0f}" for m in means]
+        lines[-1] += [f"{statistics.mean(r[m] for r in mine):.3g}" for m in means]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * w for w in widths])
     print(f"\n{title}\n")
