@@ -346,36 +346,53 @@ def ode_log_prob(model, x, t=1, steps=None, probes=0):
 
 
 @torch.no_grad()
-def annealed_log_z(model, x, forward=True, moves=1, size=0.5):
-    """log Z_1, the log-integral of a CDM's p_1 (0 if it is normalised): log-weights in nats (B,).
+def annealed_log_z(model, x, forward=True, moves=1):
+    """Log-weights w, nats (B,), that bound log Z_1 = log int p_1(x) dx of a CDM; 0 if normalised.
 
-    Annealed importance sampling (Neal 2001) through all levels, with `moves` MALA moves under each
-    p_t, of step size * sigma_t. forward: x (B, ...) ~ N(0, I) goes down to level 1, and
-    log mean exp(w) is a lower bound in expectation. Else x, data at level 1, goes up, and
-    -log mean exp(-w) is an upper bound as far as data follow p_1. Trust log Z where they meet."""
-    def at(x, t):
-        """log p_t and its gradient, which is -eps_hat / sigma_t; log p_t / p_{t+1}."""
+    Annealed importance sampling (Neal 2001) through all levels. forward: x (B, ...) is a draw of
+    N(0, I), goes down to level 1, and E[w] <= log Z_1. Else x is data at level 1, goes up, and
+    E[w] >= log Z_1 as far as data follow p_1. Between levels x takes DDPM's step, down, or the
+    noising's, up: if it stood still there, the many directions that are mere noise would cost
+    thousands of levels. At each level: `moves` MALA moves under p_t. ValueError if moves < 0."""
+    if moves < 0:
+        raise ValueError(f"moves must be 0 or more, got {moves!r}")
+    alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
+
+    def at(x, t):                                                        # log p_t and its gradient
         logits, eps_hat = model._logits_and_noise(x, model._levels(t, x))
-        log_p = logits[:, t] - logits[:, -1] + log_normal(x)
-        return log_p, -eps_hat / float(model.schedule.sigma[t]), logits[:, t] - logits[:, t + 1]
+        return logits[:, t] - logits[:, -1] + log_normal(x), -eps_hat / sigma[t]
 
-    log_w = torch.zeros(len(x)).to(x)
-    for t in range(model.T, 0, -1) if forward else range(1, model.T + 1):
-        step = size * float(model.schedule.sigma[t])
-        here = at(x, t)
-        log_w += here[2] if forward else 0
-        for _ in range(moves):
-            noise = torch.randn_like(x)
-            new = x + step ** 2 / 2 * here[1] + step * noise
-            there = at(new, t)
-            back = (x - new - step ** 2 / 2 * there[1]) / step
-            ratio = there[0] - here[0] + log_normal(back) - log_normal(noise)
-            accept = torch.rand(len(x), device=x.device).log() < ratio
+    def log_step(z, std):                                                         # log N(z; 0, std^2)
+        return log_normal(z / std) - z[0].numel() * math.log(std)
+
+    levels = range(model.T, 0, -1) if forward else range(1, model.T + 1)
+    log_p, grad = at(x, levels[0])
+    w = log_p - log_normal(x) if forward else torch.zeros_like(log_p)
+    for t, following in zip(levels, [*levels[1:], None]):
+        for _ in range(moves):             # a Langevin step, accepted so that it keeps p_t as it is
+            step, noise = 0.5 * sigma[t], torch.randn_like(x)
+            new = x + step ** 2 / 2 * grad + step * noise
+            new_log_p, new_grad = at(new, t)
+            back = (x - new - step ** 2 / 2 * new_grad) / step
+            gain = new_log_p - log_p + log_normal(back) - log_normal(noise)
+            accept = torch.rand_like(gain).log() < gain
             rows = accept.view(-1, *[1] * (x.dim() - 1))
-            x = torch.where(rows, new, x)
-            here = [torch.where(rows if v.dim() > 1 else accept, v, u) for u, v in zip(here, there)]
-        log_w += 0 if forward else here[2]
-    return log_w
+            x, grad = torch.where(rows, new, x), torch.where(rows, new_grad, grad)
+            log_p = torch.where(accept, new_log_p, log_p)
+        if following is None:
+            return w if forward else w + log_p - log_normal(x)
+        low, high = sorted((t, following))
+        carry = alpha[high] / alpha[low]
+        fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)    # std of x_high given x_low
+        std = fresh * sigma[low] / sigma[high]                            # of DDPM's x_low given x_high
+        mean, std_new = ((x + fresh ** 2 * grad) / carry, std) if forward else (carry * x, fresh)
+        new = mean + std_new * torch.randn_like(x)
+        new_log_p, new_grad = at(new, following)
+        here, there = (x, log_p, grad), (new, new_log_p, new_grad)
+        (xh, log_ph, gradh), (xl, log_pl, _) = (here, there) if forward else (there, here)
+        w = w + log_pl + log_step(xh - carry * xl, fresh)
+        w = w - log_ph - log_step(xl - (xh + fresh ** 2 * gradh) / carry, std)
+        x, log_p, grad = there
 
 
 @torch.no_grad()

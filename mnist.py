@@ -26,9 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from cdm import CDM, bits_per_dim, log_snr_schedule
+from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, ddpm_schedule, log_snr_schedule,
+                 ot_schedule, stratified_levels, uniform_schedule)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
@@ -87,17 +89,19 @@ def read_or_download(folder, name, md5, mirrors=MIRRORS):
 
 
 def load_data(dataset, folder):
-    """Train, validation and test images: uint8 tensors (N, 1, H, W)."""
+    """(images, labels) of training, validation and test: uint8 (N, 1, H, W), long (N,)."""
     if dataset == "digits":                                       # 1797 digits of 8x8, grey 0 .. 16
-        images = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
-        images = images[np.random.default_rng(0).permutation(len(images))]
-        train, test, held_out = images[:1500], images[1500:], 150
+        images, labels = load_digits().images, load_digits().target
+        order = np.random.default_rng(0).permutation(len(images))
+        images = np.rint(images[order] * 255 / 16).astype(np.uint8)
+        arrays = images[:1500], labels[order][:1500], images[1500:], labels[order][1500:]
+        held_out = 150
     else:
         arrays = [read_or_download(Path(folder), name, md5) for name, md5 in FILES.items()]
-        train, _, test, _ = arrays                                # labels are not used
         held_out = 5000
-    train, test = (torch.from_numpy(a.copy())[:, None] for a in (train, test))
-    return train[:-held_out], train[-held_out:], test
+    x, y, test, test_y = (torch.from_numpy(a.copy()) for a in arrays)
+    x, test, y, test_y = x[:, None], test[:, None], y.long(), test_y.long()
+    return (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), (test, test_y)
 
 
 def to_x0(images):
@@ -112,79 +116,144 @@ class Block(nn.Module):
     """Two convolutions and a skip around them. GroupNorm, so that rows stay independent; SiLU,
     which is curved everywhere, for the loss differentiates the network's gradient."""
 
-    def __init__(self, inputs, outputs):
+    def __init__(self, inputs, outputs, told):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(4, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(4, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.level = nn.Linear(32, outputs) if told else None
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x):
-        return self.skip(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+    def forward(self, x, waves=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if self.level:
+            h = h + self.level(waves)[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W) -> features (B, width, H/2, W/2); H and W are multiples of 4."""
+    """(B, 1, H, W) -> features (B, width, H/2, W/2); H and W are multiples of 4. told: of a level,
+    as a time (B,) in 0 .. 1. A classifier of levels is not."""
 
-    def __init__(self, width):
+    def __init__(self, width, told=False):
         super().__init__()
         self.stem = nn.Conv2d(4, width, 3, padding=1)              # 2x2 pixels become 4 channels
-        self.fine1 = Block(width, width)
+        self.fine1 = Block(width, width, told)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.coarse = nn.Sequential(Block(2 * width, 2 * width), Block(2 * width, 2 * width))
+        self.coarse1, self.coarse2 = (Block(2 * width, 2 * width, told) for _ in range(2))
         self.up = nn.Conv2d(2 * width, width, 1)
-        self.fine2 = nn.Sequential(Block(2 * width, width), nn.GroupNorm(8, width), nn.SiLU())
+        self.fine2 = Block(2 * width, width, told)
+        self.norm = nn.GroupNorm(4, width)
 
-    def forward(self, x):
-        h = self.fine1(self.stem(F.pixel_unshuffle(x, 2)))
-        up = F.interpolate(self.up(self.coarse(self.down(h))), scale_factor=2.0)
-        return self.fine2(torch.cat([h, up], 1))
+    def forward(self, x, time=None):
+        if time is not None:
+            phase = time[:, None] * torch.arange(1, 17, device=x.device) * (math.pi / 2)
+            time = torch.cat([phase.sin(), phase.cos()], 1)                            # (B, 32)
+        h = self.fine1(self.stem(F.pixel_unshuffle(x, 2)), time)
+        coarse = self.coarse2(self.coarse1(self.down(h), time), time)
+        up = F.interpolate(self.up(coarse), scale_factor=2.0)
+        return F.silu(self.norm(self.fine2(torch.cat([h, up], 1), time)))
+
+
+STEP = 2 / 256                                                    # between two 8-bit grey values
+
+
+class PixelMixture(nn.Module):
+    """Features (B, width, H/2, W/2) -> what each clean pixel may be: black, near white or grey.
+
+    Gives log-weights (B, 3, d, 1), and means and variances (B, 2, d, 1) of the last two, which are
+    Gaussians. As long as the features are not used, the weights are the pixel's own: how often it
+    is black, white and grey in the training images."""
+
+    def __init__(self, images, width):
+        super().__init__()
+        self.read = nn.Conv2d(width, 7 * 4, 3, padding=1)         # 7 numbers for each of 2x2 pixels
+        nn.init.zeros_(self.read.weight), nn.init.zeros_(self.read.bias)
+        shades = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)])
+        count = shades.flatten(2).sum(1)                                                    # (3, d)
+        self.log_weight = nn.Parameter(((count + 1) / (len(images) + 3)).log())
+
+    def forward(self, h):
+        numbers = F.pixel_shuffle(self.read(h), 2).flatten(2)[..., None]              # (B, 7, d, 1)
+        weight = (numbers[:, :3] + self.log_weight[..., None]).log_softmax(1)
+        mean = torch.stack([0.98 + 0.03 * numbers[:, 3], numbers[:, 4]], 1)
+        start = torch.tensor([-9.0, -1.5], device=h.device)[:, None, None]
+        return weight, mean, (numbers[:, 5:] + start).exp() + (STEP / 2) ** 2
+
+
+def log_pixel(x, mixture, alpha, sigma):
+    """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
+    (L,) or (B, 1, 1), stand for: (B, d, L) or (B, d, 1), without the constant that all share.
+
+    Clean pixels lie on the lattice of grey values, and little noise leaves that visible. A Gaussian
+    N(m, v) on a lattice is still exact: noised, it is N(alpha m, alpha^2 v + sigma^2) times a
+    ripple, the Fourier series of a comb seen at the width s, s^2 = v sigma^2 / (alpha^2 v +
+    sigma^2), that is left to the clean value when x is known."""
+    weight, means, variances = mixture
+
+    def log_normal(mean, variance):
+        noised = alpha ** 2 * variance + sigma ** 2
+        return -0.5 * (noised.log() + (x - alpha * mean) ** 2 / noised)
+
+    parts = [weight[:, 0] + log_normal(-255 / 256, 0.0)]                                # black
+    few = int((sigma < 0.8 * STEP).sum()) if sigma.dim() == 1 else 1   # levels where the ripple shows
+    a, var = alpha[..., :few], sigma[..., :few] ** 2
+    for i in (0, 1):                                                                    # white, grey
+        mean, variance = means[:, i], variances[:, i]
+        noised = a ** 2 * variance + var
+        phase = (a * variance * x + var * mean) / noised * (2 * math.pi / STEP)
+        fade, cos = (-2 * (math.pi / STEP) ** 2 * variance * var / noised).exp(), phase.cos()
+        ripple = 1 + 2 * (-fade * cos + fade ** 4 * (2 * cos ** 2 - 1)
+                          - fade ** 9 * (4 * cos ** 3 - 3 * cos))
+        smooth = weight[:, i + 1] + log_normal(mean, variance)
+        rippled = smooth[..., :few] + ripple.clamp(min=1e-3).log()
+        parts.append(torch.cat([rippled, smooth[..., few:]], -1))
+    with torch.no_grad():                    # logsumexp by hand, no gradient through the shift:
+        top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])            # 3 times faster
+    return top + sum((part - top).exp() for part in parts).log()
 
 
 class DigitClassifier(nn.Module):
     """Noisy digits x (B, 1, H, W) -> logits (B, L) over noise levels.
 
-    If pixels were independent, each a mixture of black, white and a Gaussian grey, the exact logits
-    would be sums over pixels of log-mixtures, noised to each level. Here the U-Net reads the whole
-    image and sets the mixture of every pixel: three weights, and mean and variance of the grey. A
-    linear read-out of the pooled features corrects each level as a whole. With the last layers at
-    zero, as at the start, this is the exact classifier of independent pixels."""
+    The U-Net reads the whole image and sets the mixture of every pixel. Were pixels independent,
+    the sum of their log p_t would be the exact logits. So it is at the start, the last layers being
+    zero. A linear read-out of the pooled features corrects each level as a whole."""
 
     def __init__(self, images, schedule, width):
         super().__init__()
-        alpha, sigma = schedule
-        self.unet = UNet(width)
-        self.pixel = nn.Conv2d(width, 5 * 4, 3, padding=1)        # 5 numbers for each of 2x2 pixels
-        self.level = nn.Linear(width, len(alpha))
-        for layer in (self.pixel, self.level):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-        # the start: how often each pixel is black, white or grey in the training images
-        shades = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)])
-        count = shades.flatten(2).sum(1)                                                    # (3, d)
-        self.log_weight = nn.Parameter(((count + 1) / (len(images) + 3)).log())
-        sigma = torch.cat([sigma[1:2] / 3, sigma[1:]])     # level 0: a small width in place of none
-        self.register_buffer("alpha", alpha.float())
-        self.register_buffer("variance", sigma.float() ** 2)
+        self.unet, self.mixture = UNet(width), PixelMixture(images, width)
+        self.level = nn.Linear(width, len(schedule.alpha))
+        nn.init.zeros_(self.level.weight), nn.init.zeros_(self.level.bias)
+        alpha, sigma = (v.float() for v in schedule)
+        self.register_buffer("alpha", alpha, persistent=False)    # level 0: a small width, not none
+        self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
 
     def forward(self, x):
         h = self.unet(x)
-        pixel = F.pixel_shuffle(self.pixel(h), 2).flatten(2)                             # (B, 5, d)
-        weight = (pixel[:, :3] + self.log_weight).log_softmax(1)[..., None]           # (B, 3, d, 1)
-        mean, log_var = pixel[:, 3, :, None], pixel[:, 4, :, None] - 1.5                 # (B, d, 1)
-        x = x.flatten(1)[..., None]
-        black = self.log_normal(x, -255 / 256, 0.0)                                      # (B, d, L)
-        white = self.log_normal(x, 0.98, 0.01 ** 2)                # grey values 252 .. 255
-        grey = self.log_normal(x, mean, log_var.exp())
-        parts = weight[:, 0] + black, weight[:, 1] + white, weight[:, 2] + grey
-        with torch.no_grad():                # logsumexp by hand, no gradient through the shift:
-            top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])        # 3 times faster
-        mixture = top + sum((part - top).exp() for part in parts).log()                  # (B, d, L)
-        return mixture.sum(1) + self.level(h.mean((2, 3)))                                  # (B, L)
+        pixels = log_pixel(x.flatten(1)[..., None], self.mixture(h), self.alpha, self.sigma)
+        return pixels.sum(1) + self.level(h.mean((2, 3)))                               # (B, L)
 
-    def log_normal(self, x, mean, variance):
-        """log N(x; mean, variance) noised to every level, without the constant that all share."""
-        noised = self.alpha ** 2 * variance + self.variance
-        return -0.5 * (noised.log() + (x - self.alpha * mean) ** 2 / noised)
+
+class DigitDenoiser(nn.Module):
+    """The DDM's network, of the same parts: x (B, 1, H, W) and level t (B,) -> eps_hat like x.
+
+    Told t, it gives each pixel's mixture, and eps_hat = -sigma_t grad log p_t of that mixture, held
+    fixed. Wider by sqrt(2), it costs as much as the classifier's forward and backward pass."""
+
+    def __init__(self, images, schedule, width):
+        super().__init__()
+        width = 4 * round(math.sqrt(2) * width / 4)
+        self.unet, self.mixture = UNet(width, told=True), PixelMixture(images, width)
+        for name, value in zip(("alpha", "sigma"), schedule):
+            self.register_buffer(name, value.float(), persistent=False)
+
+    def forward(self, x, t):
+        mixture = self.mixture(self.unet(x, t / (len(self.alpha) - 1)))
+        alpha, sigma = (v[t][:, None, None] for v in (self.alpha, self.sigma))
+        log_p, pull = torch.func.vjp(lambda pixels: log_pixel(pixels, mixture, alpha, sigma),
+                                     x.flatten(1)[..., None])
+        return -(sigma * pull(torch.ones_like(log_p))[0]).view_as(x)
 
 
 # --------------------------------------------------------------------------------------- training
@@ -200,9 +269,15 @@ def pick_device(name):
     return torch.device(name)
 
 
+SCHEDULES = {"log-snr": log_snr_schedule, "ddpm": ddpm_schedule, "uniform": uniform_schedule,
+             "ot": ot_schedule}
+
+
 def build(config, images):
-    schedule = log_snr_schedule(config["T"])
-    return CDM(DigitClassifier(images, schedule, config["width"]), schedule)
+    """The model that a configuration stands for; images give the pixels' own shades."""
+    schedule = SCHEDULES[config["schedule"]](config["T"])
+    family, network = {"cdm": (CDM, DigitClassifier), "ddm": (DDM, DigitDenoiser)}[config["model"]]
+    return family(network(images, schedule, config["width"]), schedule)
 
 
 def save(path, **content):
@@ -230,11 +305,22 @@ def load_weights(model, weights, path):
         raise SystemExit(f"{path} holds a network of another shape: {error}")
 
 
-def compiled_loss(model, x0, w_ce):
+def load_model(path, dataset, images, device):
+    """The averaged model of a checkpoint, ready to measure."""
+    kept = load(path, device)
+    if kept["config"]["dataset"] != dataset:
+        raise SystemExit(f"{path} was trained on --dataset {kept['config']['dataset']}")
+    model = build(kept["config"], images).to(device).eval()
+    load_weights(model, kept["ema"], path)
+    return model
+
+
+def compiled_loss(model, x0, weights):
     """The whole loss compiled, gradient of the logits included; eager, and said so, if it fails."""
+    print("compiling the loss (one to two minutes)", flush=True)
     try:
         loss = torch.compile(model.loss)
-        loss(x0, w_ce).total.backward()
+        loss(x0, **weights).total.backward()
         model.zero_grad()
         return loss
     except Exception as error:
@@ -264,10 +350,10 @@ def train(args, config, images, device):
     elif path.exists():
         os.replace(path, path.with_suffix(".old.pt"))              # a new run loses no old one
     images = images.to(device)                                     # the whole data set, one tensor
+    weights = dict(w_ce=args.w_ce, w_mse=args.w_mse) if args.model == "cdm" else {}
     loss_of = model.loss
-    if device.type == "cuda" and not args.no_compile:
-        print("compiling the loss (about a minute)", flush=True)
-        loss_of = compiled_loss(model, to_x0(images[:batch]), args.w_ce)
+    if not args.no_compile and (device.type == "cuda" or device.type == "cpu" and steps >= 2000):
+        loss_of = compiled_loss(model, to_x0(images[:batch]), weights)
     args.out.mkdir(parents=True, exist_ok=True)
     log = open(args.out / "log.csv", "a" if first else "w")
     log.write("" if first else "step,ce,mse,ms_per_step\n")
@@ -284,7 +370,7 @@ def train(args, config, images, device):
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
-        loss = loss_of(to_x0(images[rows]), args.w_ce)
+        loss = loss_of(to_x0(images[rows]), **weights)
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if step % every == 0:
@@ -313,57 +399,199 @@ def train(args, config, images, device):
     if not all(p.isfinite().all() for p in ema.parameters()):
         raise SystemExit(f"training diverged at the end; {path} keeps the last good checkpoint")
     checkpoint(steps)
+    save(args.out / "weights.pt", config=config, ema={k: v.half() for k, v in ema.state_dict().items()})
     return ema
 
 
 # -------------------------------------------------------------------------------------- measuring
 
 
-def measure(model, images, device, draws=4):
-    """Print bits/dim of these images by one forward pass, beside the ELBO of the same network.
+def batches(function, images):
+    return torch.cat([function(k) for k in images.split(100)]).cpu()
 
-    The ELBO does not depend on the classifier's constants, so it audits the one pass."""
-    print(f"\n| bits/dim of {len(images):5d} images    |   mean |   s.e. "
-          "| network calls, each    | seconds |\n"
-          "| --------------------------- | ------ | ------ | ---------------------- | ------- |")
-    ways = [("one forward pass (thm. 3.2)", "one_pass", {}, "1 forward"),
-            ("ELBO of the same network", "elbo", dict(draws=draws), f"{draws} forward + backward")]
-    means = {}
-    for name, by, options, calls in ways:
+
+def likelihood(model, images, audit):
+    """Print bits/dim of the images, and whatever can contradict it on the first `audit` of them.
+
+    ELBO and ODE use the denoiser and none of the classifier's constants. Annealing finds what p_1
+    integrates to; if not to 1, one pass is off by log Z. Returns one pass (N,), the ELBO of a DDM."""
+    few, T, cdm = images[:audit], model.T, isinstance(model, CDM)
+    one_pass = lambda k: bits_per_dim(model, k)
+    evidence = lambda k: bits_per_dim(model, k, "elbo")
+    ode = lambda k: bits_per_dim(model, k, "ode", probes=1)
+
+    def annealed(k, forward):                                   # log Z in bits/dim, + one pass
+        x0 = to_x0(k)
+        start = torch.randn_like(x0) if forward else model.add_noise(x0, 1, torch.randn_like(x0))
+        return annealed_log_z(model, start, forward) / (x0[0].numel() * math.log(2)) + found[2].mean()
+
+    rows = [("one forward pass", one_pass, images, "1"), ("ELBO", evidence, images, "4 x 2"),
+            ("one forward pass", one_pass, few, "1"), ("ELBO", evidence, few, "4 x 2"),
+            ("probability-flow ODE", ode, few, f"{2 * T - 2} x 4"),
+            ("one pass + log Z from below", lambda k: annealed(k, True), few, f"{2 * T} x 2"),
+            ("one pass + log Z from above", lambda k: annealed(k, False), few, f"{2 * T} x 2")]
+    rows = rows if cdm else [rows[i] for i in (1, 3, 4)]
+    print(f"\n| {'bits/dim by':27s} | images |   mean |   s.e. | network passes each | seconds |\n"
+          f"| {'-' * 27} | ------ | ------ | ------ | ------------------- | ------- |")
+    found = []
+    for name, function, k, passes in rows:
         start = time.time()
-        batches = (k.to(device) for k in images.split(100))
-        bits = torch.cat([bits_per_dim(model, k, by, **options) for k in batches])
-        means[by] = bits.mean().item()
-        error = bits.std().item() / len(bits) ** 0.5
-        print(f"| {name:27s} | {means[by]:6.3f} | {error:6.3f} "
-              f"| {calls:22s} | {time.time() - start:7.1f} |", flush=True)
-    if means["one_pass"] < means["elbo"] - 0.02:
-        gap = means["elbo"] - means["one_pass"]
-        print(f"\none pass is {gap:.2f} below the ELBO: the classifier is not at its optimum yet, "
-              "its densities\nneed not integrate to 1. Trust the ELBO.")
+        found.append(batches(function, k))
+        print(f"| {name:27s} | {len(k):6d} | {found[-1].mean():6.3f} | "
+              f"{found[-1].std() / len(k) ** 0.5:6.3f} | {passes:>19s} | {time.time() - start:7.1f} |",
+              flush=True)
+    if cdm:
+        means = [f.mean().item() for f in found[2:]]
+        spread, lie = max(means) - min(means), means[-2] - means[0]
+        print(f"\nOn the same {len(few)} images all agree within {spread:.3f} bits/dim."
+              + " That is too far apart\nto believe the one pass; trust one pass + log Z, or the ELBO."
+              * (spread > 0.02))
+    return found[0]
 
 
-def draw(model, images, path, steps):
-    """A picture: ten real digits in the top row, samples by DDIM below."""
-    start, rows, steps = time.time(), 8, min(steps, model.T)
-    samples = model.sample((10 * rows, *images.shape[1:]), steps).cpu()
-    grid = torch.cat([to_x0(images[:10]), samples]).clamp(-1, 1).unflatten(0, (rows + 1, 10))
-    fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=[1, rows], layout="constrained")
-    titles = "real", f"drawn by the CDM (DDIM, {steps} steps)"
-    for ax, part, title in zip(axes, (grid[:1], grid[1:]), titles):
-        picture = part[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1)        # (rows H, 10 W)
-        ax.imshow(picture.numpy(), cmap="gray", vmin=-1, vmax=1)
-        ax.set_title(title, fontsize=10)
-        ax.axis("off")
+@torch.no_grad()
+def classifier_numbers(model, images):
+    """As a classifier of levels: its accuracy, CE in nats, and MSE (the paper's table 1)."""
+    right, ce, mse = [], [], []
+    for k in images.split(100):
+        t = stratified_levels(len(k), 0, model.T + 1, k.device)
+        xt = model.add_noise(to_x0(k), t, torch.randn_like(to_x0(k)))
+        right.append((model.logits(xt).argmax(1) == t).float().mean().item())
+        loss = model.loss(to_x0(k))
+        ce.append(loss.ce.item()), mse.append(loss.mse.item())
+    print(f"level accuracy {100 * np.mean(right):.2f} %, CE {np.mean(ce):.3f} nats, "
+          f"MSE {np.mean(mse):.4f} on {len(images)} images")
+
+
+class FeatureNet(nn.Sequential):
+    """A small classifier of digits, trained on the spot for its 64 features: not Inception's."""
+
+    def __init__(self, size):
+        stages = [nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU())
+                  for a, b, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 2))]
+        super().__init__(*stages, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64),
+                         nn.SiLU(), nn.Linear(64, 10))
+
+    def fit(self, images, labels, steps=600):
+        optimiser = torch.optim.Adam(self.parameters(), 2e-3)
+        for step in range(steps):
+            rows = torch.randint(len(images), (128,), device=images.device)
+            loss = F.cross_entropy(self(to_x0(images[rows])), labels[rows])
+            optimiser.zero_grad(), loss.backward(), optimiser.step()
+        return self.eval()
+
+    @torch.no_grad()
+    def features(self, x0):
+        return torch.cat([self[:-1](part) for part in x0.split(500)]).double().cpu()
+
+
+def frechet(a, b):
+    """Distance of two Gaussians fitted to features (N, 64) (Heusel et al. 2017)."""
+    cross = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
+            - 2 * cross).item()
+
+
+def fid(models, train, test, n):
+    """Fréchet distance of n samples to the test images by each model and sampler, with the floor."""
+    net = FeatureNet(test[0].shape[-1]).to(test[0].device).fit(*train)
+    with torch.no_grad():
+        right = batches(lambda k: net(to_x0(k)).argmax(1), test[0]) == test[1].cpu()
+    real = net.features(to_x0(test[0]))
+    rows = torch.randperm(len(train[0]))[:n]
+    floor = frechet(net.features(to_x0(train[0][rows])), real)
+    print(f"\nFréchet distance in the 64 features of a digit classifier ({100 * right.float().mean():.1f} % "
+          f"right on test images), {n} samples\nagainst {len(real)} test images; "
+          f"{len(rows)} training images score {floor:.2f}\n\n"
+          "| model | sampler | steps | distance | ms per image |\n"
+          "| ----- | ------- | ----- | -------- | ------------ |")
+    for name, model in models.items():
+        for method, steps in (("ddim", 50), ("ddpm", model.T), ("dpm", 25)):
+            start, steps = time.time(), min(steps, model.T)
+            x0 = [model.sample((min(500, n - i), *test[0].shape[1:]), steps, method)
+                  for i in range(0, n, 500)]
+            ms = 1000 * (time.time() - start) / n
+            print(f"| {name:5s} | {method:7s} | {steps:5d} | "
+                  f"{frechet(net.features(torch.cat(x0)), real):8.2f} | {ms:12.1f} |", flush=True)
+
+
+def picture(ax, x0, title):
+    """Images (rows, columns, 1, H, W) as one."""
+    ax.imshow(x0[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1).cpu().numpy(), cmap="gray",
+              vmin=-1, vmax=1)
+    ax.set_title(title, fontsize=9)
+    ax.axis("off")
+
+
+def finish(fig, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
     plt.close(fig)
-    print(f"{10 * rows} samples in {time.time() - start:.0f} s -> {path}", flush=True)
+    print(f"figure: {path}", flush=True)
+
+
+@torch.no_grad()
+def draw(model, images, path, steps):
+    """A picture: ten real digits in the top row, samples by DDIM below."""
+    rows, steps = 8, min(steps, model.T)
+    samples = model.sample((10 * rows, *images.shape[1:]), steps).clamp(-1, 1)
+    fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=[1, rows], layout="constrained")
+    picture(axes[0], to_x0(images[:10])[None], "real")
+    picture(axes[1], samples.unflatten(0, (rows, 10)), f"drawn (DDIM, {steps} steps)")
+    finish(fig, path)
+
+
+@torch.no_grad()
+def compare(models, images, mean_image, path):
+    """The paper's figures 4 and 5: error of eps_hat at each level, and the denoised pure noise.
+
+    Of pure noise nothing can be told, so E[x_0 | x_T] is all but the mean of the data."""
+    levels = list(range(1, models["cdm"].T + 1, max(1, models["cdm"].T // 32)))
+    fig = plt.figure(figsize=(9, 3), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.2])
+    ax = left.subplots()
+    axes = right.subplots(1, 1 + len(models), width_ratios=[1, *[3] * len(models)])
+    picture(axes[0], mean_image[None, None], "data mean")
+    eps = torch.randn_like(to_x0(images))
+    for a, (name, model) in zip(axes[1:], models.items()):
+        errors = [(model.predict_noise(model.add_noise(to_x0(images), t, eps), t) - eps).square().mean()
+                  .item() for t in levels]
+        log_snr = [2 * math.log(model.schedule.alpha[t] / model.schedule.sigma[t]) for t in levels]
+        ax.plot(log_snr, errors, label=name.upper())
+        x0_hat = model.denoise(eps[:3], model.T)
+        picture(a, x0_hat[None], f"pure noise, denoised by the {name.upper()}")
+        print(f"{name}: mean MSE over {len(levels)} levels {np.mean(errors):.4f}; denoised pure noise is "
+              f"{(x0_hat - mean_image).square().mean().sqrt():.3f} (rms) from the data mean")
+    ax.set(xlabel="log-SNR (noise grows to the left)", ylabel="MSE of eps_hat", yscale="log")
+    ax.legend()
+    finish(fig, path)
+
+
+def rank(model, images, bits, path):
+    """What one pass is good for: likely and unlikely digits, and telling digits from other inputs."""
+    order = bits.argsort()
+    fig, axes = plt.subplots(2, 1, figsize=(6, 3), layout="constrained")
+    for ax, rows, title in ((axes[0], order[:20], "most likely"), (axes[1], order[-20:], "least likely")):
+        picture(ax, to_x0(images[rows.to(images.device)]).unflatten(0, (2, 10)),
+                f"{title}: {bits[rows].min():.2f} to {bits[rows].max():.2f} bits/dim")
+    finish(fig, path)
+    shuffle = torch.randperm(images[0].numel(), device=images.device)
+    noisy = (images.float() + 25 * torch.randn(images.shape, device=images.device)).clamp(0, 255)
+    others = {"rotated by 90 degrees": images.rot90(1, (2, 3)), "inverted": 255 - images,
+              "pixels shuffled": images.flatten(1)[:, shuffle].view_as(images),
+              "noise of 25 grey values": noisy.to(torch.uint8)}
+    print("\n| told from test digits by one pass | AUROC | bits/dim |\n"
+          "| --------------------------------- | ----- | -------- |")
+    for name, other in others.items():
+        theirs = batches(lambda k: bits_per_dim(model, k), other)
+        auroc = roc_auc_score([0] * len(bits) + [1] * len(theirs), torch.cat([bits, theirs]).numpy())
+        print(f"| {name:33s} | {auroc:.3f} | {theirs.mean():8.2f} |", flush=True)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
+    add("--model", choices=("cdm", "ddm"), default="cdm", help="ddm: told the level, to compare")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
@@ -374,49 +602,60 @@ def main():
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--measure", type=int, help="how many images to measure on (10000, quick 500)")
+    add("--audit", type=int, help="how many to audit by ODE and log Z (200, quick 20)")
+    add("--samples", type=int, help="samples for the Fréchet distance, 0: none (10000, quick 0)")
+    add("--beside", type=Path, help="checkpoint of a DDM to compare with")
     add("--steps", type=int, help="training steps (20000, quick 400)")
     add("--batch", type=int, help="images per step (256, quick 64)")
     add("--width", type=int, help="channels, a multiple of 8 (64, quick 32)")
     add("--T", type=int, help="noise levels between clean and pure noise (256, quick 64)")
+    add("--schedule", choices=SCHEDULES, default="log-snr", help="noise levels (%(default)s)")
     add("--lr", type=float, help="peak learning rate (0.001, quick 0.004)")
     add("--w-ce", type=float, default=0.001, help="weight of the cross-entropy (%(default)s)")
+    add("--w-mse", type=float, default=1.0, help="weight of the denoising error (%(default)s)")
     add("--sample-steps", type=int, default=50, help="DDIM steps (%(default)s)")
-    add("--no-compile", action="store_true", help="do not compile the loss (cuda only)")
+    add("--no-compile", action="store_true", help="do not compile the loss")
     add("--seed", type=int, default=0)
     args = p.parse_args()
-    full, quick = (20000, 256, 64, 256, 1e-3, 10000), (400, 64, 32, 64, 4e-3, 500)
-    names = "steps", "batch", "width", "T", "lr", "measure"
+    full = 20000, 256, 64, 256, 1e-3, 10000, 200, 10000
+    quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
+    names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
     for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "batch", "T", "measure", "sample_steps"):
+    for name in ("steps", "batch", "T", "measure", "audit", "sample_steps"):
         if getattr(args, name) < (2 if name == "T" else 1):
             p.error(f"--{name.replace('_', '-')} must be at least {2 if name == 'T' else 1}")
-    if not args.lr > 0 or args.w_ce < 0:
-        p.error("--lr must be positive and --w-ce not negative")
+    if not args.lr > 0 or args.w_ce < 0 or args.w_mse < 0 or args.w_ce + args.w_mse == 0:
+        p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
     if args.width < 8 or args.width % 8:
         p.error("--width must be a multiple of 8")
     device = pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
-    images, validation, test = load_data(args.dataset, args.data)
+    train_set, validation, test = load_data(args.dataset, args.data)
+    images = train_set[0]
     print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels")
     if args.weights:
-        kept = load(args.weights, device)
-        if kept["config"]["dataset"] != args.dataset:
-            raise SystemExit(f"{args.weights} was trained on --dataset {kept['config']['dataset']}")
-        model = build(kept["config"], images).to(device)
-        load_weights(model, kept["ema"], args.weights)
+        model = load_model(args.weights, args.dataset, images, device)
     else:
-        names = "dataset", "T", "width", "steps", "batch", "lr", "w_ce", "seed"
-        config = {name: getattr(args, name) for name in names}
-        model = train(args, config, images, device)
-    model.eval()
+        names = "model schedule dataset T width steps batch lr w_ce w_mse seed".split()
+        model = train(args, {name: getattr(args, name) for name in names}, images, device).eval()
+    held_out = [v.to(device) for v in (test if args.split == "test" else validation)]
+    measured = held_out[0][:args.measure]
     torch.manual_seed(args.seed)
-    held_out = test if args.split == "test" else validation
-    measure(model, held_out[:args.measure], device)
-    draw(model, held_out, args.out / "samples.png", args.sample_steps)
+    draw(model, measured, args.out / "samples.png", args.sample_steps)
+    bits = likelihood(model, measured, args.audit)
+    models = {"cdm" if isinstance(model, CDM) else "ddm": model}
+    if isinstance(model, CDM):
+        classifier_numbers(model, measured)
+        rank(model, measured, bits, args.out / "ranked.png")
+    if args.beside:
+        models["ddm"] = load_model(args.beside, args.dataset, images, device)
+        compare(models, measured[:100], to_x0(images).mean(0).to(device), args.out / "beside.png")
+    if args.samples:
+        fid(models, [v.to(device) for v in train_set], held_out, args.samples)
 
 
 if __name__ == "__main__":
