@@ -181,14 +181,14 @@ class PixelMixture(nn.Module):
         return weight, mean, (numbers[:, 5:] + start).exp() + (STEP / 2) ** 2
 
 
-def log_pixel(x, mixture, alpha, sigma):
+def log_pixel(x, mixture, alpha, sigma, few=1):
     """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
     (L,) or (B, 1, 1), stand for: (B, d, L) or (B, d, 1), without the constant that all share.
 
     Clean pixels lie on the lattice of grey values, and little noise leaves that visible. A Gaussian
     N(m, v) on a lattice is still exact: noised, it is N(alpha m, alpha^2 v + sigma^2) times a
     ripple, the Fourier series of a comb seen at the width s, s^2 = v sigma^2 / (alpha^2 v +
-    sigma^2), that is left to the clean value when x is known."""
+    sigma^2), that is left to the clean value when x is known. Only the first `few` levels need it."""
     weight, means, variances = mixture
 
     def log_normal(mean, variance):
@@ -196,7 +196,6 @@ def log_pixel(x, mixture, alpha, sigma):
         return -0.5 * (noised.log() + (x - alpha * mean) ** 2 / noised)
 
     parts = [weight[:, 0] + log_normal(-255 / 256, 0.0)]                                # black
-    few = int((sigma < 0.8 * STEP).sum()) if sigma.dim() == 1 else 1   # levels where the ripple shows
     a, var = alpha[..., :few], sigma[..., :few] ** 2
     for i in (0, 1):                                                                    # white, grey
         mean, variance = means[:, i], variances[:, i]
@@ -218,21 +217,28 @@ class DigitClassifier(nn.Module):
 
     The U-Net reads the whole image and sets the mixture of every pixel. Were pixels independent,
     the sum of their log p_t would be the exact logits. So it is at the start, the last layers being
-    zero. A linear read-out of the pooled features corrects each level as a whole."""
+    zero. A read-out of the pooled features, smooth in log-SNR, corrects each level as a whole.
+    Levels enter by their noise alone, so a trained network serves any number of them."""
 
     def __init__(self, images, schedule, width):
         super().__init__()
         self.unet, self.mixture = UNet(width), PixelMixture(images, width)
-        self.level = nn.Linear(width, len(schedule.alpha))
+        self.level = nn.Linear(width, 16)
         nn.init.zeros_(self.level.weight), nn.init.zeros_(self.level.bias)
         alpha, sigma = (v.float() for v in schedule)
         self.register_buffer("alpha", alpha, persistent=False)    # level 0: a small width, not none
         self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
+        log_snr = 2 * (alpha.clamp(min=1e-6) / self.sigma).log()
+        where = ((13 - log_snr) / 21).clamp(0, 1)                 # 0 .. 1 for log-SNR 13 .. -8
+        waves = torch.cos(math.pi * torch.arange(16)[:, None] * where)                  # (16, L)
+        self.register_buffer("waves", waves, persistent=False)
+        self.few = int((sigma < 0.8 * STEP).sum())                # there the grey lattice is visible
 
     def forward(self, x):
         h = self.unet(x)
-        pixels = log_pixel(x.flatten(1)[..., None], self.mixture(h), self.alpha, self.sigma)
-        return pixels.sum(1) + self.level(h.mean((2, 3)))                               # (B, L)
+        x = x.flatten(1)[..., None]                                                  # (B, d, 1)
+        pixels = log_pixel(x, self.mixture(h), self.alpha, self.sigma, self.few)     # (B, d, L)
+        return pixels.sum(1) + self.level(h.mean((2, 3))) @ self.waves                  # (B, L)
 
 
 class DigitDenoiser(nn.Module):
@@ -305,9 +311,10 @@ def load_weights(model, weights, path):
         raise SystemExit(f"{path} holds a network of another shape: {error}")
 
 
-def load_model(path, dataset, images, device):
-    """The averaged model of a checkpoint, ready to measure."""
+def load_model(path, dataset, images, device, T=None):
+    """The averaged model of a checkpoint, ready to measure, with its own number of levels or T."""
     kept = load(path, device)
+    kept["config"]["T"] = T or kept["config"]["T"]
     if kept["config"]["dataset"] != dataset:
         raise SystemExit(f"{path} was trained on --dataset {kept['config']['dataset']}")
     model = build(kept["config"], images).to(device).eval()
@@ -319,7 +326,7 @@ def compiled_loss(model, x0, weights):
     """The whole loss compiled, gradient of the logits included; eager, and said so, if it fails."""
     print("compiling the loss (one to two minutes)", flush=True)
     try:
-        loss = torch.compile(model.loss)
+        loss = torch.compile(model.loss, fullgraph=True)
         loss(x0, **weights).total.backward()
         model.zero_grad()
         return loss
@@ -620,6 +627,7 @@ def main():
     full = 20000, 256, 64, 256, 1e-3, 10000, 200, 10000
     quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
     names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
+    asked_T = args.T
     for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -638,7 +646,7 @@ def main():
     print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels")
     if args.weights:
-        model = load_model(args.weights, args.dataset, images, device)
+        model = load_model(args.weights, args.dataset, images, device, asked_T)
     else:
         names = "model schedule dataset T width steps batch lr w_ce w_mse seed".split()
         model = train(args, {name: getattr(args, name) for name in names}, images, device).eval()

@@ -1,8 +1,8 @@
 """Density ratio estimation in the plane, where the truth is known: CDM beside what came before it.
 
-    python toy_2d.py                three and a half minutes on two CPU cores, no download
+    python toy_2d.py                two minutes on two CPU cores, no download
     python toy_2d.py --seeds 3      the README's table, mean and spread
-    python toy_2d.py --chasm        up to 80 dimensions, where the older methods fail
+    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail
 
 Seven ways to learn log p(x), each a short function over one network and one budget of samples:
 NCE, TRE, a noise-level classifier (CE), its gradient alone (MSE), the time score, CDM, and a
