@@ -210,23 +210,31 @@ class CDM(Diffusion):
     """A classification diffusion model: net(x) -> logits (B, T+2). To guess t is the net's task.
 
     net: a module or any callable, so an exact classifier can stand in. Rows must not influence each
-    other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU)."""
+    other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU). Outside of
+    training two levels, t and T+1, are enough: a net that has an attribute picks_levels = True is
+    called as net(x, levels), levels (B, n), and gives their logits (B, n) alone, to be faster."""
 
-    def logits(self, x):
-        """l(x): (B, ...) -> (B, T+2). ValueError if the network's output has another shape."""
-        logits = self.net(x)
-        if logits.shape != (len(x), self.T + 2):
+    def logits(self, x, levels=None):
+        """l(x): (B, ...) -> (B, T+2), or of the given levels (B, n) only. ValueError if the
+        network's output has another shape."""
+        picks = levels is not None and getattr(self.net, "picks_levels", False)
+        logits = self.net(x, levels) if picks else self.net(x)
+        if logits.shape != (len(x), levels.shape[1] if picks else self.T + 2):
             raise ValueError(f"net must give logits of shape ({len(x)}, T+2 = {self.T + 2}), "
                              f"got {tuple(logits.shape)}")
-        return logits
+        return logits if picks or levels is None else logits.gather(1, levels)
 
-    def _logits_and_noise(self, xt, t):
+    def _pair(self, t):
+        """Levels t and T+1 of each row: (B, 2)."""
+        return torch.stack([t, torch.full_like(t, self.T + 1)], 1)
+
+    def _logits_and_noise(self, xt, t, levels=None):
         """Theorem 3.1, the one place where the classifier is differentiated: l(xt) and eps_hat.
 
         vjp rather than autograd.grad: it can be compiled, it stays differentiable in the weights
         (training), and under no_grad it keeps no graph of them (sampling)."""
-        logits, pull = torch.func.vjp(self.logits, xt)                                    # (B, L)
-        level = torch.arange(self.T + 2, device=xt.device)
+        logits, pull = torch.func.vjp(lambda x: self.logits(x, levels), xt)               # (B, L)
+        level = torch.arange(self.T + 2, device=xt.device) if levels is None else levels
         pick = (level == self.T + 1).to(xt) - (level == t[:, None]).to(xt)  # (B, L) e_{T+1} - e_t
         (grad,) = pull(pick)                   # (B, ...) rows are independent: one pass serves all
         _, sigma = self._scales(t, xt)                                                # (B, 1, ..)
@@ -234,14 +242,13 @@ class CDM(Diffusion):
 
     def predict_noise(self, xt, t):
         """Theorem 3.1: eps_hat = sigma_t (grad_x [l_{T+1}(xt) - l_t(xt)] + xt)."""
-        return self._logits_and_noise(xt, self._levels(t, xt))[1]
+        t = self._levels(t, xt)
+        return self._logits_and_noise(xt, t, self._pair(t))[1]
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
-        t = self._levels(t, x)
-        logits = self.logits(x)                                                           # (B, L)
-        log_ratio = logits.gather(1, t[:, None])[:, 0] - logits[:, -1]   # (B,) log p_t / p_{T+1}
-        return log_ratio + log_normal(x)
+        logits = self.logits(x, self._pair(self._levels(t, x)))                           # (B, 2)
+        return logits[:, 0] - logits[:, 1] + log_normal(x)      # log p_t / p_{T+1} + log p_{T+1}
 
     def loss(self, x0, w_ce=1.0, w_mse=1.0):
         """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at stratified levels t = 0 .. T+1.
@@ -359,10 +366,11 @@ def annealed_log_z(model, x, forward=True, moves=1):
     alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
 
     def at(x, t):                                                        # log p_t and its gradient
-        logits, eps_hat = model._logits_and_noise(x, model._levels(t, x))
-        return logits[:, t] - logits[:, -1] + log_normal(x), -eps_hat / sigma[t]
+        t_row = model._levels(t, x)
+        logits, eps_hat = model._logits_and_noise(x, t_row, model._pair(t_row))
+        return logits[:, 0] - logits[:, 1] + log_normal(x), -eps_hat / sigma[t]
 
-    def log_step(z, std):                                                         # log N(z; 0, std^2)
+    def log_step(z, std):                                                     # log N(z; 0, std^2)
         return log_normal(z / std) - z[0].numel() * math.log(std)
 
     levels = range(model.T, 0, -1) if forward else range(1, model.T + 1)
@@ -383,8 +391,8 @@ def annealed_log_z(model, x, forward=True, moves=1):
             return w if forward else w + log_p - log_normal(x)
         low, high = sorted((t, following))
         carry = alpha[high] / alpha[low]
-        fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)    # std of x_high given x_low
-        std = fresh * sigma[low] / sigma[high]                            # of DDPM's x_low given x_high
+        fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)  # std of x_high given x_low
+        std = fresh * sigma[low] / sigma[high]                      # of DDPM's x_low given x_high
         mean, std_new = ((x + fresh ** 2 * grad) / carry, std) if forward else (carry * x, fresh)
         new = mean + std_new * torch.randn_like(x)
         new_log_p, new_grad = at(new, following)

@@ -1,12 +1,13 @@
 """CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
 
-    python mnist.py --quick            3 minutes on two CPU cores
-    python mnist.py --device cuda      the full run
-    python mnist.py --dataset digits   8x8 digits that come with scikit-learn, no download
+    python mnist.py --quick                             four minutes on two CPU cores
+    python mnist.py --weights assets/mnist_cdm.pt       what is in the box, measured
+    python mnist.py --device cuda                       the full run
+    python mnist.py --dataset digits                    8x8 digits of scikit-learn, no download
 
-Read it for the network (below), and for how bits/dim of 8-bit images are measured honestly. Results
-go to runs/mnist: model.pt (checkpoint; that of the run before becomes model.old.pt), samples.png,
-log.csv. The method itself is in cdm.py. Not
+Read it for the network, the same for a CDM and a DDM (--model ddm), and for how bits/dim of 8-bit
+images are measured and doubted. Results go to runs/mnist: model.pt (checkpoint; the one before
+becomes model.old.pt), weights.pt (small), log.csv, pictures. The method itself is in cdm.py. Not
 here: distributed training, data augmentation, class labels.
 """
 
@@ -19,6 +20,7 @@ import os
 import time
 import urllib.request
 import zlib
+from http.client import HTTPException
 from pathlib import Path
 
 import matplotlib
@@ -80,7 +82,7 @@ def read_or_download(folder, name, md5, mirrors=MIRRORS):
             part.write_bytes(packed)
             os.replace(part, folder / f"{name}.gz")               # all of it or nothing
             return array
-        except (EOFError, OSError, ValueError, zlib.error) as error:
+        except (EOFError, HTTPException, OSError, ValueError, zlib.error) as error:
             problems.append(f"  {mirror}: {error}")
     raise SystemExit("\n".join([
         f"MNIST could not be downloaded ({name}.gz):", *problems,
@@ -183,12 +185,12 @@ class PixelMixture(nn.Module):
 
 def log_pixel(x, mixture, alpha, sigma, few=1):
     """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
-    (L,) or (B, 1, 1), stand for: (B, d, L) or (B, d, 1), without the constant that all share.
+    (L,) or (B, 1, L), stand for: (B, d, L), without the constant that all share.
 
     Clean pixels lie on the lattice of grey values, and little noise leaves that visible. A Gaussian
     N(m, v) on a lattice is still exact: noised, it is N(alpha m, alpha^2 v + sigma^2) times a
     ripple, the Fourier series of a comb seen at the width s, s^2 = v sigma^2 / (alpha^2 v +
-    sigma^2), that is left to the clean value when x is known. Only the first `few` levels need it."""
+    sigma^2), left to the clean value when x is known. The first `few` levels need it."""
     weight, means, variances = mixture
 
     def log_normal(mean, variance):
@@ -197,7 +199,7 @@ def log_pixel(x, mixture, alpha, sigma, few=1):
 
     parts = [weight[:, 0] + log_normal(-255 / 256, 0.0)]                                # black
     a, var = alpha[..., :few], sigma[..., :few] ** 2
-    for i in (0, 1):                                                                    # white, grey
+    for i in (0, 1):                                                                # white, grey
         mean, variance = means[:, i], variances[:, i]
         noised = a ** 2 * variance + var
         phase = (a * variance * x + var * mean) / noised * (2 * math.pi / STEP)
@@ -210,6 +212,12 @@ def log_pixel(x, mixture, alpha, sigma, few=1):
     with torch.no_grad():                    # logsumexp by hand, no gradient through the shift:
         top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])            # 3 times faster
     return top + sum((part - top).exp() for part in parts).log()
+
+
+def place(schedule):
+    """Where a level stands between clean, 0, and noise, 1, whatever their number: (L,)."""
+    log_snr = 2 * (schedule.alpha.clamp(min=1e-9) / schedule.sigma.clamp(min=1e-9)).log()
+    return ((13 - log_snr.float()) / 21).clamp(0, 1)
 
 
 class DigitClassifier(nn.Module):
@@ -228,17 +236,22 @@ class DigitClassifier(nn.Module):
         alpha, sigma = (v.float() for v in schedule)
         self.register_buffer("alpha", alpha, persistent=False)    # level 0: a small width, not none
         self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
-        log_snr = 2 * (alpha.clamp(min=1e-6) / self.sigma).log()
-        where = ((13 - log_snr) / 21).clamp(0, 1)                 # 0 .. 1 for log-SNR 13 .. -8
-        waves = torch.cos(math.pi * torch.arange(16)[:, None] * where)                  # (16, L)
+        waves = torch.cos(math.pi * torch.arange(16)[:, None] * place(schedule))        # (16, L)
         self.register_buffer("waves", waves, persistent=False)
-        self.few = int((sigma < 0.8 * STEP).sum())                # there the grey lattice is visible
+        self.few = int((sigma < 0.8 * STEP).sum())           # where the lattice of greys is visible
 
-    def forward(self, x):
+    picks_levels = True
+
+    def forward(self, x, levels=None):
         h = self.unet(x)
-        x = x.flatten(1)[..., None]                                                  # (B, d, 1)
-        pixels = log_pixel(x, self.mixture(h), self.alpha, self.sigma, self.few)     # (B, d, L)
-        return pixels.sum(1) + self.level(h.mean((2, 3))) @ self.waves                  # (B, L)
+        mixture, whole = self.mixture(h), self.level(h.mean((2, 3)))
+        x = x.flatten(1)[..., None]                                                     # (B, d, 1)
+        if levels is None:                                                              # (B, L)
+            return (log_pixel(x, mixture, self.alpha, self.sigma, self.few).sum(1)
+                    + whole @ self.waves)
+        alpha, sigma = (v[levels][:, None] for v in (self.alpha, self.sigma))           # (B, 1, n)
+        return (log_pixel(x, mixture, alpha, sigma, levels.shape[1]).sum(1)
+                + (whole[:, :, None] * self.waves.T[levels].mT).sum(1))                 # (B, n)
 
 
 class DigitDenoiser(nn.Module):
@@ -251,11 +264,11 @@ class DigitDenoiser(nn.Module):
         super().__init__()
         width = 4 * round(math.sqrt(2) * width / 4)
         self.unet, self.mixture = UNet(width, told=True), PixelMixture(images, width)
-        for name, value in zip(("alpha", "sigma"), schedule):
+        for name, value in zip(("alpha", "sigma", "time"), (*schedule, place(schedule))):
             self.register_buffer(name, value.float(), persistent=False)
 
     def forward(self, x, t):
-        mixture = self.mixture(self.unet(x, t / (len(self.alpha) - 1)))
+        mixture = self.mixture(self.unet(x, self.time[t]))
         alpha, sigma = (v[t][:, None, None] for v in (self.alpha, self.sigma))
         log_p, pull = torch.func.vjp(lambda pixels: log_pixel(pixels, mixture, alpha, sigma),
                                      x.flatten(1)[..., None])
@@ -406,7 +419,8 @@ def train(args, config, images, device):
     if not all(p.isfinite().all() for p in ema.parameters()):
         raise SystemExit(f"training diverged at the end; {path} keeps the last good checkpoint")
     checkpoint(steps)
-    save(args.out / "weights.pt", config=config, ema={k: v.half() for k, v in ema.state_dict().items()})
+    half = {name: v.half() for name, v in ema.state_dict().items()}
+    save(args.out / "weights.pt", config=config, ema=half)                 # small, to give away
     return ema
 
 
@@ -418,41 +432,47 @@ def batches(function, images):
 
 
 def likelihood(model, images, audit):
-    """Print bits/dim of the images, and whatever can contradict it on the first `audit` of them.
+    """Print bits/dim of the images, and, of the first `audit`, whatever can contradict it.
 
-    ELBO and ODE use the denoiser and none of the classifier's constants. Annealing finds what p_1
-    integrates to; if not to 1, one pass is off by log Z. Returns one pass (N,), the ELBO of a DDM."""
-    few, T, cdm = images[:audit], model.T, isinstance(model, CDM)
-    one_pass = lambda k: bits_per_dim(model, k)
-    evidence = lambda k: bits_per_dim(model, k, "elbo")
-    ode = lambda k: bits_per_dim(model, k, "ode", probes=1)
-
-    def annealed(k, forward):                                   # log Z in bits/dim, + one pass
-        x0 = to_x0(k)
-        start = torch.randn_like(x0) if forward else model.add_noise(x0, 1, torch.randn_like(x0))
-        return annealed_log_z(model, start, forward) / (x0[0].numel() * math.log(2)) + found[2].mean()
-
-    rows = [("one forward pass", one_pass, images, "1"), ("ELBO", evidence, images, "4 x 2"),
-            ("one forward pass", one_pass, few, "1"), ("ELBO", evidence, few, "4 x 2"),
-            ("probability-flow ODE", ode, few, f"{2 * T - 2} x 4"),
-            ("one pass + log Z from below", lambda k: annealed(k, True), few, f"{2 * T} x 2"),
-            ("one pass + log Z from above", lambda k: annealed(k, False), few, f"{2 * T} x 2")]
-    rows = rows if cdm else [rows[i] for i in (1, 3, 4)]
+    ELBO and ODE use the denoiser and none of the classifier's constants. Annealing finds log Z of
+    p_1; where it is not 0, one pass is too low by it. Returns one pass (N,), or a DDM's ELBO."""
+    T, few, means = model.T, images[:audit], []
     print(f"\n| {'bits/dim by':27s} | images |   mean |   s.e. | network passes each | seconds |\n"
           f"| {'-' * 27} | ------ | ------ | ------ | ------------------- | ------- |")
-    found = []
-    for name, function, k, passes in rows:
+
+    def row(name, k, passes, function, sign=0):
         start = time.time()
-        found.append(batches(function, k))
-        print(f"| {name:27s} | {len(k):6d} | {found[-1].mean():6.3f} | "
-              f"{found[-1].std() / len(k) ** 0.5:6.3f} | {passes:>19s} | {time.time() - start:7.1f} |",
-              flush=True)
-    if cdm:
-        means = [f.mean().item() for f in found[2:]]
-        spread, lie = max(means) - min(means), means[-2] - means[0]
-        print(f"\nOn the same {len(few)} images all agree within {spread:.3f} bits/dim."
-              + " That is too far apart\nto believe the one pass; trust one pass + log Z, or the ELBO."
-              * (spread > 0.02))
+        bits = batches(function, k)
+        mean, error = bits.mean().item(), f"{bits.std().item() / len(k) ** 0.5:6.3f}"
+        if sign:             # log Z = log E[exp w] as seen from below, -log E[exp -w] as from above
+            log_z = sign * (torch.logsumexp(sign * bits, 0).item() - math.log(len(k)))
+            mean, error = means[0] + log_z / (k[0].numel() * math.log(2)), " " * 6
+        if k is few:
+            means.append(mean)
+        print(f"| {name:27s} | {len(k):6d} | {mean:6.3f} | {error} | {passes:>19s} | "
+              f"{time.time() - start:7.1f} |", flush=True)
+        return bits
+
+    draws = max(1, 4000 // len(images))
+    found = []
+    if isinstance(model, CDM):
+        found.append(row("one forward pass", images, "1", lambda k: bits_per_dim(model, k)))
+    found.append(row("ELBO", images, f"{draws} x 2",
+                     lambda k: bits_per_dim(model, k, "elbo", draws=draws)))
+    if isinstance(model, CDM):
+        row("one forward pass", few, "1", lambda k: bits_per_dim(model, k))
+    row("ELBO", few, "20 x 2", lambda k: bits_per_dim(model, k, "elbo", draws=20))
+    row("probability-flow ODE", few, f"{2 * T - 2} x 4",
+        lambda k: bits_per_dim(model, k, "ode", probes=1))
+    if isinstance(model, CDM):
+        noised = lambda k: model.add_noise(to_x0(k), 1, torch.randn_like(to_x0(k)))
+        row("one pass + log Z from below", few, f"{2 * T} x 2",
+            lambda k: annealed_log_z(model, torch.randn_like(to_x0(k))), 1)
+        row("one pass + log Z from above", few, f"{2 * T} x 2",
+            lambda k: annealed_log_z(model, noised(k), forward=False), -1)
+        print(f"\nOn the same {len(few)} images these agree within {max(means) - min(means):.3f}"
+              " bits/dim." + " Too far apart to believe the one pass:\ntrust one pass + log Z, and "
+              "the ELBO as its upper bound." * (max(means) - min(means) > 0.02))
     return found[0]
 
 
@@ -500,23 +520,23 @@ def frechet(a, b):
 
 
 def fid(models, train, test, n):
-    """Fréchet distance of n samples to the test images by each model and sampler, with the floor."""
+    """Fréchet distance of n samples to the test images by model and sampler, with the floor."""
     net = FeatureNet(test[0].shape[-1]).to(test[0].device).fit(*train)
     with torch.no_grad():
         right = batches(lambda k: net(to_x0(k)).argmax(1), test[0]) == test[1].cpu()
     real = net.features(to_x0(test[0]))
     rows = torch.randperm(len(train[0]))[:n]
     floor = frechet(net.features(to_x0(train[0][rows])), real)
-    print(f"\nFréchet distance in the 64 features of a digit classifier ({100 * right.float().mean():.1f} % "
-          f"right on test images), {n} samples\nagainst {len(real)} test images; "
-          f"{len(rows)} training images score {floor:.2f}\n\n"
+    print(f"\nFréchet distance in the features of a digit classifier (test accuracy "
+          f"{100 * right.float().mean():.1f} %), {n} samples\nagainst {len(real)} test images; "
+          f"{len(rows)} training images are at {floor:.2f}\n\n"
           "| model | sampler | steps | distance | ms per image |\n"
           "| ----- | ------- | ----- | -------- | ------------ |")
     for name, model in models.items():
         for method, steps in (("ddim", 50), ("ddpm", model.T), ("dpm", 25)):
             start, steps = time.time(), min(steps, model.T)
-            x0 = [model.sample((min(500, n - i), *test[0].shape[1:]), steps, method)
-                  for i in range(0, n, 500)]
+            x0 = [model.sample((min(200, n - i), *test[0].shape[1:]), steps, method)
+                  for i in range(0, n, 200)]
             ms = 1000 * (time.time() - start) / n
             print(f"| {name:5s} | {method:7s} | {steps:5d} | "
                   f"{frechet(net.features(torch.cat(x0)), real):8.2f} | {ms:12.1f} |", flush=True)
@@ -549,49 +569,50 @@ def draw(model, images, path, steps):
 
 
 @torch.no_grad()
-def compare(models, images, mean_image, path):
+def compare(models, images, data_mean, path):
     """The paper's figures 4 and 5: error of eps_hat at each level, and the denoised pure noise.
 
     Of pure noise nothing can be told, so E[x_0 | x_T] is all but the mean of the data."""
-    levels = list(range(1, models["cdm"].T + 1, max(1, models["cdm"].T // 32)))
     fig = plt.figure(figsize=(9, 3), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[1, 1.2])
-    ax = left.subplots()
-    axes = right.subplots(1, 1 + len(models), width_ratios=[1, *[3] * len(models)])
-    picture(axes[0], mean_image[None, None], "data mean")
-    eps = torch.randn_like(to_x0(images))
-    for a, (name, model) in zip(axes[1:], models.items()):
-        errors = [(model.predict_noise(model.add_noise(to_x0(images), t, eps), t) - eps).square().mean()
-                  .item() for t in levels]
-        log_snr = [2 * math.log(model.schedule.alpha[t] / model.schedule.sigma[t]) for t in levels]
-        ax.plot(log_snr, errors, label=name.upper())
+    curves = left.subplots()
+    panels = right.subplots(1, 1 + len(models), width_ratios=[1, *[3] * len(models)])
+    picture(panels[0], data_mean[None, None], "data mean")
+    x0 = to_x0(images)
+    eps = torch.randn_like(x0)
+    for panel, (name, model) in zip(panels[1:], models.items()):
+        alpha, sigma, levels = *model.schedule, range(1, model.T + 1, max(1, model.T // 32))
+        errors = [F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps).item()
+                  for t in levels]
+        curves.plot([2 * math.log(alpha[t] / sigma[t]) for t in levels], errors, label=name.upper())
         x0_hat = model.denoise(eps[:3], model.T)
-        picture(a, x0_hat[None], f"pure noise, denoised by the {name.upper()}")
-        print(f"{name}: mean MSE over {len(levels)} levels {np.mean(errors):.4f}; denoised pure noise is "
-              f"{(x0_hat - mean_image).square().mean().sqrt():.3f} (rms) from the data mean")
-    ax.set(xlabel="log-SNR (noise grows to the left)", ylabel="MSE of eps_hat", yscale="log")
-    ax.legend()
+        picture(panel, x0_hat[None], f"{name.upper()}'s x0_hat of pure noise")
+        off = F.mse_loss(x0_hat, data_mean.expand_as(x0_hat)) ** 0.5
+        print(f"{name}: MSE of eps_hat {np.mean(errors):.4f} over {len(errors)} levels; denoised "
+              f"pure noise is {off:.3f} (rms) from the data mean")
+    curves.set(xlabel="log-SNR (left: noise)", ylabel="MSE of eps_hat", yscale="log")
+    curves.legend()
     finish(fig, path)
 
 
 def rank(model, images, bits, path):
-    """What one pass is good for: likely and unlikely digits, and telling digits from other inputs."""
-    order = bits.argsort()
-    fig, axes = plt.subplots(2, 1, figsize=(6, 3), layout="constrained")
-    for ax, rows, title in ((axes[0], order[:20], "most likely"), (axes[1], order[-20:], "least likely")):
+    """What one pass is good for: likely and unlikely digits, and telling digits from the rest."""
+    order, (fig, axes) = bits.argsort(), plt.subplots(2, 1, figsize=(6, 3), layout="constrained")
+    for ax, rows, title in zip(axes, (order[:20], order[-20:]), ("most", "least")):
         picture(ax, to_x0(images[rows.to(images.device)]).unflatten(0, (2, 10)),
-                f"{title}: {bits[rows].min():.2f} to {bits[rows].max():.2f} bits/dim")
+                f"{title} likely: {bits[rows].min():.2f} to {bits[rows].max():.2f} bits/dim")
     finish(fig, path)
+    images, bits = images[:1000], bits[:1000]
     shuffle = torch.randperm(images[0].numel(), device=images.device)
-    noisy = (images.float() + 25 * torch.randn(images.shape, device=images.device)).clamp(0, 255)
+    noisy = images.float() + 25 * torch.randn(images.shape, device=images.device)
     others = {"rotated by 90 degrees": images.rot90(1, (2, 3)), "inverted": 255 - images,
               "pixels shuffled": images.flatten(1)[:, shuffle].view_as(images),
-              "noise of 25 grey values": noisy.to(torch.uint8)}
+              "noise of 25 grey values": noisy.clamp(0, 255).to(torch.uint8)}
     print("\n| told from test digits by one pass | AUROC | bits/dim |\n"
           "| --------------------------------- | ----- | -------- |")
     for name, other in others.items():
         theirs = batches(lambda k: bits_per_dim(model, k), other)
-        auroc = roc_auc_score([0] * len(bits) + [1] * len(theirs), torch.cat([bits, theirs]).numpy())
+        auroc = roc_auc_score([0] * len(bits) + [1] * len(bits), torch.cat([bits, theirs]).numpy())
         print(f"| {name:33s} | {auroc:.3f} | {theirs.mean():8.2f} |", flush=True)
 
 
@@ -615,7 +636,8 @@ def main():
     add("--steps", type=int, help="training steps (20000, quick 400)")
     add("--batch", type=int, help="images per step (256, quick 64)")
     add("--width", type=int, help="channels, a multiple of 8 (64, quick 32)")
-    add("--T", type=int, help="noise levels between clean and pure noise (256, quick 64)")
+    add("--T", type=int, help="noise levels between clean and pure noise (64); with\n"
+        "--weights: as many as you like, for finer audits")
     add("--schedule", choices=SCHEDULES, default="log-snr", help="noise levels (%(default)s)")
     add("--lr", type=float, help="peak learning rate (0.001, quick 0.004)")
     add("--w-ce", type=float, default=0.001, help="weight of the cross-entropy (%(default)s)")
@@ -624,7 +646,7 @@ def main():
     add("--no-compile", action="store_true", help="do not compile the loss")
     add("--seed", type=int, default=0)
     args = p.parse_args()
-    full = 20000, 256, 64, 256, 1e-3, 10000, 200, 10000
+    full = 20000, 256, 64, 64, 1e-3, 10000, 200, 10000
     quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
     names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
     asked_T = args.T
@@ -657,10 +679,10 @@ def main():
     bits = likelihood(model, measured, args.audit)
     models = {"cdm" if isinstance(model, CDM) else "ddm": model}
     if isinstance(model, CDM):
-        classifier_numbers(model, measured)
+        classifier_numbers(model, measured[:1000])
         rank(model, measured, bits, args.out / "ranked.png")
     if args.beside:
-        models["ddm"] = load_model(args.beside, args.dataset, images, device)
+        models["ddm"] = load_model(args.beside, args.dataset, images, device, asked_T)
         compare(models, measured[:100], to_x0(images).mean(0).to(device), args.out / "beside.png")
     if args.samples:
         fid(models, [v.to(device) for v in train_set], held_out, args.samples)
