@@ -698,7 +698,7 @@ def test_a_ddm_trains_and_stands_beside_a_cdm(monkeypatch, tmp_path, capsys):
     run_digits(monkeypatch, tmp_path, "--steps", "3", "--beside", str(tmp_path / "ddm/weights.pt"),
                "--samples", "30")
     said = capsys.readouterr().out
-    assert re.search(r"\| cdm +\| dpm", said) and re.search(r"\| ddm +\| ddpm", said)
+    assert re.search(r"\| CDM +\| dpm", said) and re.search(r"\| DDM +\| ddpm", said)
     for name in ("beside.png", "ranked.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 2000
 
