@@ -219,8 +219,9 @@ class CDM(Diffusion):
         network's output has another shape."""
         picks = levels is not None and getattr(self.net, "picks_levels", False)
         logits = self.net(x, levels) if picks else self.net(x)
-        if logits.shape != (len(x), levels.shape[1] if picks else self.T + 2):
-            raise ValueError(f"net must give logits of shape ({len(x)}, T+2 = {self.T + 2}), "
+        wanted = len(x), levels.shape[1] if picks else self.T + 2
+        if logits.shape != wanted:
+            raise ValueError(f"net must give logits of shape {wanted}, T+2 levels unless it picks, "
                              f"got {tuple(logits.shape)}")
         return logits if picks or levels is None else logits.gather(1, levels)
 
@@ -354,15 +355,16 @@ def ode_log_prob(model, x, t=1, steps=None, probes=0):
 
 @torch.no_grad()
 def annealed_log_z(model, x, forward=True, moves=1):
-    """Log-weights w, nats (B,), that bound log Z_1 = log int p_1(x) dx of a CDM; 0 if normalised.
+    """Log-weights w, nats (B,), whose averages bracket log Z_1 = log int p_1(x) dx of a CDM, which
+    is 0 if p_1 is normalised: annealed importance sampling (Neal 2001) through all levels.
 
-    Annealed importance sampling (Neal 2001) through all levels. forward: x (B, ...) is a draw of
-    N(0, I), goes down to level 1, and E[w] <= log Z_1. Else x is data at level 1, goes up, and
-    E[w] >= log Z_1 as far as data follow p_1. Between levels x takes DDPM's step, down, or the
-    noising's, up: if it stood still there, the many directions that are mere noise would cost
-    thousands of levels. At each level: `moves` MALA moves under p_t. ValueError if moves < 0."""
-    if moves < 0:
-        raise ValueError(f"moves must be 0 or more, got {moves!r}")
+    forward: x (B, ...), drawn from N(0, I), goes down to level 1. E[exp w] = Z_1: E[w] <= log Z_1.
+    Else x, data at level 1, goes up. As far as data follow p_1, E[exp -w] = 1/Z_1: E[w] >= log Z_1.
+    Between levels x takes DDPM's step, down, or the noising's, up: if it stood still there, the
+    many directions that are mere noise would cost thousands of levels. At each level: `moves` MALA
+    moves under p_t. ValueError if moves < 0 or the model is no CDM."""
+    if moves < 0 or not hasattr(model, "log_prob"):
+        raise ValueError(f"annealing takes a CDM and moves >= 0, got {type(model)}, {moves!r}")
     alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
 
     def at(x, t):                                                        # log p_t and its gradient

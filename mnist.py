@@ -1,6 +1,6 @@
 """CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
 
-    python mnist.py --quick                             four minutes on two CPU cores
+    python mnist.py --quick                             minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt       what is in the box, measured
     python mnist.py --device cuda                       the full run
     python mnist.py --dataset digits                    8x8 digits of scikit-learn, no download
@@ -187,10 +187,11 @@ def log_pixel(x, mixture, alpha, sigma, few=1):
     """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
     (L,) or (B, 1, L), stand for: (B, d, L), without the constant that all share.
 
-    Clean pixels lie on the lattice of grey values, and little noise leaves that visible. A Gaussian
-    N(m, v) on a lattice is still exact: noised, it is N(alpha m, alpha^2 v + sigma^2) times a
-    ripple, the Fourier series of a comb seen at the width s, s^2 = v sigma^2 / (alpha^2 v +
-    sigma^2), left to the clean value when x is known. The first `few` levels need it."""
+    Clean pixels lie on the lattice STEP (j + 1/2), and little noise leaves that visible. A Gaussian
+    N(m, v) on it, noised, is N(alpha m, alpha^2 v + sigma^2) times a ripple: the sum over the
+    lattice of the clean value's posterior given x, N((alpha v x + sigma^2 m) / noised, s^2), s^2 =
+    v sigma^2 / noised. Poisson's formula makes it 1 + 2 sum_n (-1)^n exp(-2 (pi n s / STEP)^2)
+    cos(2 pi n mean / STEP); three terms do from level 1 on. Only the first `few` levels need it."""
     weight, means, variances = mixture
 
     def log_normal(mean, variance):
@@ -238,7 +239,7 @@ class DigitClassifier(nn.Module):
         self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
         waves = torch.cos(math.pi * torch.arange(16)[:, None] * place(schedule))        # (16, L)
         self.register_buffer("waves", waves, persistent=False)
-        self.few = int((sigma < 0.8 * STEP).sum())           # where the lattice of greys is visible
+        self.few = int((sigma < STEP).sum())                 # where the lattice of greys is visible
 
     picks_levels = True
 
@@ -310,10 +311,10 @@ def load(path, device):
     """The content of a checkpoint. SystemExit if it is missing, truncated or of another kind."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        content["config"], content["ema"]
+        content["config"]["T"], content["config"]["dataset"], content["ema"]
         return content
     except Exception as error:
-        problem = str(error).splitlines()[0]
+        problem = (str(error) or "no more is known").splitlines()[0]
         raise SystemExit(f"{path} is no usable checkpoint ({type(error).__name__}: {problem})")
 
 
@@ -367,8 +368,10 @@ def train(args, config, images, device):
         load_weights(ema, kept["ema"], path)
         optimiser.load_state_dict(kept["optimiser"])
         first = kept["step"]
-    elif path.exists():
-        os.replace(path, path.with_suffix(".old.pt"))              # a new run loses no old one
+    else:
+        for old in (path, path.with_name("weights.pt"), path.with_name("log.csv")):
+            if old.exists():                                       # the run before is kept
+                os.replace(old, old.with_suffix(".old" + old.suffix))
     images = images.to(device)                                     # the whole data set, one tensor
     weights = dict(w_ce=args.w_ce, w_mse=args.w_mse) if args.model == "cdm" else {}
     loss_of = model.loss
@@ -400,20 +403,22 @@ def train(args, config, images, device):
                                  f"Checkpoint: {kept}. Try a lower --lr")
             checkpoint(step - 1)                                   # weights that just proved good
         optimiser.step()
-        with torch.no_grad():                                      # averages about the last tenth
+        with torch.no_grad():                         # averages about the last tenth, or 1000 steps
             blend = max(0.001, 9 / (9 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), blend)
         if step == first + 2:
+            loss.ce.item()
             start = time.time()                                    # the first steps warm up caches
         if step > first + 2 and (step % every == 0 or step in (first + 7, steps)):
+            ce, mse = loss.ce.item(), loss.mse.item()              # waits for the GPU: now the time
             ms = 1000 * (time.time() - start) / (step - first - 2)
             left = (steps - step) * ms / 1000
-            print(f"step {step:6d} of {steps}   CE {loss.ce.item():7.3f} nats   "
-                  f"MSE {loss.mse.item():.4f}   {ms:5.0f} ms/step   "
-                  f"{1000 * batch / ms:6.0f} images/s   {clock(left)} left", flush=True)
-            log.write(f"{step},{loss.ce.item():.5f},{loss.mse.item():.6f},{ms:.1f}\n")
+            print(f"step {step:6d} of {steps}   CE {ce:7.3f} nats   MSE {mse:.4f}   "
+                  f"{ms:5.0f} ms/step   {1000 * batch / ms:6.0f} images/s   {clock(left)} left",
+                  flush=True)
+            log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
             if step == first + 7 and left > 900 and device.type == "cpu" and not args.quick:
-                print(f"about {clock(left)} in all on this CPU; --quick takes minutes", flush=True)
+                print(f"about {clock(left)} to go on this CPU; --quick takes minutes", flush=True)
             log.flush()
     log.close()
     if not all(p.isfinite().all() for p in ema.parameters()):
@@ -441,17 +446,18 @@ def likelihood(model, images, audit):
           f"| {'-' * 27} | ------ | ------ | ------ | ------------------- | ------- |")
 
     def row(name, k, passes, function, sign=0):
+        """bits/dim of k by function; sign 1, -1: log-weights, not bits, from below or above."""
         start = time.time()
-        bits = batches(function, k)
-        mean, error = bits.mean().item(), f"{bits.std().item() / len(k) ** 0.5:6.3f}"
-        if sign:             # log Z = log E[exp w] as seen from below, -log E[exp -w] as from above
-            log_z = sign * (torch.logsumexp(sign * bits, 0).item() - math.log(len(k)))
+        values = batches(function, k)
+        mean, error = values.mean().item(), f"{values.std().item() / len(k) ** 0.5:6.3f}"
+        if sign:                      # log Z = log E[exp w] from below, -log E[exp -w] from above
+            log_z = sign * (torch.logsumexp(sign * values, 0).item() - math.log(len(k)))
             mean, error = means[0] + log_z / (k[0].numel() * math.log(2)), " " * 6
         if k is few:
             means.append(mean)
         print(f"| {name:27s} | {len(k):6d} | {mean:6.3f} | {error} | {passes:>19s} | "
               f"{time.time() - start:7.1f} |", flush=True)
-        return bits
+        return values
 
     draws = max(1, 4000 // len(images))
     found = []
@@ -472,7 +478,7 @@ def likelihood(model, images, audit):
             lambda k: annealed_log_z(model, noised(k), forward=False), -1)
         one, bound, ode, below, above = means
         off = max(abs(one - bound), abs(one - ode), below - one, one - above)
-        print(f"\nOn these {len(few)} images one pass is {off:.3f} bits/dim away from ELBO, ODE and "
+        print(f"\nOn these {len(few)} images one pass is {off:.3f} bits/dim from ELBO, ODE and "
               "the range of log Z" + (": they agree." if off <= 0.02 else
               ".\nThat is too far to believe it: trust one pass + log Z, and the ELBO, its bound."))
     return found[0]
@@ -482,7 +488,7 @@ def likelihood(model, images, audit):
 def classifier_numbers(model, images):
     """As a classifier of levels: its accuracy, CE in nats, and MSE (the paper's table 1)."""
     right, ce, mse = [], [], []
-    for k in images.split(100):
+    for k in images.split(max(1, 6400 // model.T)):                    # all levels, not only two
         t = stratified_levels(len(k), 0, model.T + 1, k.device)
         xt = model.add_noise(to_x0(k), t, torch.randn_like(to_x0(k)))
         right.append((model.logits(xt).argmax(1) == t).float().mean().item())
@@ -492,14 +498,19 @@ def classifier_numbers(model, images):
           f"MSE {np.mean(mse):.4f} on {len(images)} images")
 
 
-class FeatureNet(nn.Sequential):
+class FeatureNet(nn.Module):
     """A small classifier of digits, trained on the spot for its 64 features: not Inception's."""
 
-    def __init__(self, size):
+    def __init__(self):
+        super().__init__()
         stages = [nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU())
-                  for a, b, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 2))]
-        super().__init__(*stages, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 64),
-                         nn.SiLU(), nn.Linear(64, 10))
+                  for a, b, stride in ((1, 32, 1), (32, 64, 2), (64, 128, 2))]
+        self.body = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                                  nn.Linear(128, 64), nn.SiLU())
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x0):
+        return self.head(self.body(x0))
 
     def fit(self, images, labels, steps=600):
         optimiser = torch.optim.Adam(self.parameters(), 2e-3)
@@ -511,7 +522,7 @@ class FeatureNet(nn.Sequential):
 
     @torch.no_grad()
     def features(self, x0):
-        return torch.cat([self[:-1](part) for part in x0.split(500)]).double().cpu()
+        return torch.cat([self.body(part) for part in x0.split(500)]).cpu().double()      # (N, 64)
 
 
 def frechet(a, b):
@@ -523,7 +534,7 @@ def frechet(a, b):
 
 def fid(models, train, test, n):
     """Fréchet distance of n samples to the test images by model and sampler, with the floor."""
-    net = FeatureNet(test[0].shape[-1]).to(test[0].device).fit(*train)
+    net = FeatureNet().to(test[0].device).fit(*train)
     with torch.no_grad():
         right = batches(lambda k: net(to_x0(k)).argmax(1), test[0]) == test[1].cpu()
     real = net.features(to_x0(test[0]))
@@ -539,9 +550,10 @@ def fid(models, train, test, n):
             start, steps = time.time(), min(steps, model.T)
             x0 = [model.sample((min(200, n - i), *test[0].shape[1:]), steps, method)
                   for i in range(0, n, 200)]
+            found = net.features(torch.cat(x0))
             ms = 1000 * (time.time() - start) / n
             print(f"| {name:5s} | {method:7s} | {steps:5d} | "
-                  f"{frechet(net.features(torch.cat(x0)), real):8.2f} | {ms:12.1f} |", flush=True)
+                  f"{frechet(found, real):8.2f} | {ms:12.1f} |", flush=True)
 
 
 def picture(ax, x0, title):
@@ -626,7 +638,7 @@ def main():
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto: cuda, else cpu")
-    add("--quick", action="store_true", help="a small run: three minutes on two CPU cores")
+    add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
     add("--out", type=Path, default=Path("runs/mnist"), help="folder for results (%(default)s)")
     add("--weights", type=Path, help="sample and measure with this checkpoint, no training")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -659,8 +671,10 @@ def main():
     for name in ("steps", "batch", "T", "measure", "audit", "sample_steps"):
         if getattr(args, name) < (2 if name == "T" else 1):
             p.error(f"--{name.replace('_', '-')} must be at least {2 if name == 'T' else 1}")
-    if args.samples < 0 or args.samples == 1:
-        p.error("--samples must be 0, or 2 and more")
+    if args.samples < 0 or args.samples == 1 or args.measure < 20 or args.audit < 2:
+        p.error("--samples must be 0, or 2 and more; --measure at least 20, --audit 2")
+    if args.weights and args.resume:
+        p.error("--weights measures, --resume trains: not both")
     if not args.lr > 0 or args.w_ce < 0 or args.w_mse < 0 or args.w_ce + args.w_mse == 0:
         p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
     if args.width < 8 or args.width % 8:
@@ -672,11 +686,15 @@ def main():
     images = train_set[0]
     print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels")
+    other = args.beside and load_model(args.beside, args.dataset, images, device, asked_T)
     if args.weights:
         model = load_model(args.weights, args.dataset, images, device, asked_T)
     else:
         names = "model schedule dataset T width steps batch lr w_ce w_mse seed".split()
         model = train(args, {name: getattr(args, name) for name in names}, images, device).eval()
+    if other and type(other) is type(model):
+        raise SystemExit(f"--beside {args.beside}: one CDM and one DDM can be compared")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # exact now
     held_out = [v.to(device) for v in (test if args.split == "test" else validation)]
     measured = held_out[0][:args.measure]
     torch.manual_seed(args.seed)
@@ -686,8 +704,7 @@ def main():
     if isinstance(model, CDM):
         classifier_numbers(model, measured[:1000])
         rank(model, measured, bits, args.out / "ranked.png")
-    if args.beside:
-        other = load_model(args.beside, args.dataset, images, device, asked_T)
+    if other:
         models[type(other).__name__] = other
         compare(models, measured[:100], to_x0(images).mean(0).to(device), args.out / "beside.png")
     if args.samples:

@@ -691,6 +691,17 @@ def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
     assert abs(mnist.frechet(a, a)) < 1e-9
 
 
+def test_the_features_are_those_of_the_trained_classifier():
+    images = (torch.rand(64, 1, 8, 8) * 255).to(torch.uint8)
+    labels = (images.float().mean((1, 2, 3)) > 127).long()
+    net = mnist.FeatureNet().fit(images, labels, steps=30)
+    x0 = mnist.to_x0(images)
+    features = net.features(x0)
+    assert features.shape == (64, 64) and features.dtype == torch.float64
+    assert_close(net.head(features.float()), net(x0))
+    assert (net(x0).argmax(1) == labels).float().mean() > 0.8
+
+
 def test_a_ddm_trains_and_stands_beside_a_cdm(monkeypatch, tmp_path, capsys):
     run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
     said = capsys.readouterr().out
