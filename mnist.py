@@ -504,17 +504,18 @@ class FeatureNet(nn.Module):
     def __init__(self):
         super().__init__()
         stages = [nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU())
-                  for a, b, stride in ((1, 32, 1), (32, 64, 2), (64, 128, 2))]
-        self.body = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                                  nn.Linear(128, 64), nn.SiLU())
+                  for a, b, stride in ((1, 32, 2), (32, 64, 2), (64, 64, 2))]
+        self.body = nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(64), nn.SiLU())
         self.head = nn.Linear(64, 10)
 
     def forward(self, x0):
         return self.head(self.body(x0))
 
     def fit(self, images, labels, steps=600):
+        self(to_x0(images[:2]))                                 # the lazy layer learns its size
         optimiser = torch.optim.Adam(self.parameters(), 2e-3)
         for step in range(steps):
+            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             rows = torch.randint(len(images), (128,), device=images.device)
             loss = F.cross_entropy(self(to_x0(images[rows])), labels[rows])
             optimiser.zero_grad(), loss.backward(), optimiser.step()
