@@ -585,7 +585,7 @@ def draw(model, images, path, steps):
 
 @torch.no_grad()
 def compare(models, images, data_mean, path):
-    """The paper's figures 4 and 5: error of eps_hat at each level, and the denoised pure noise.
+    """The paper's figures 4 and 5: ratio of the errors at each level, and the denoised pure noise.
 
     Of pure noise nothing can be told, so E[x_0 | x_T] is all but the mean of the data."""
     fig = plt.figure(figsize=(9, 3), layout="constrained")
@@ -595,18 +595,21 @@ def compare(models, images, data_mean, path):
     picture(panels[0], data_mean[None, None], "data mean")
     x0 = to_x0(images)
     eps = torch.randn_like(x0)
+    found = {}
     for panel, (name, model) in zip(panels[1:], models.items()):
         alpha, sigma, levels = *model.schedule, range(1, model.T + 1, max(1, model.T // 32))
         errors = [F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps).item()
                   for t in levels]
-        curves.plot([2 * math.log(alpha[t] / sigma[t]) for t in levels], errors, label=name)
+        found[name] = np.array(errors)
+        log_snr = [2 * math.log(alpha[t] / sigma[t]) for t in levels]
         x0_hat = model.denoise(eps[:3], model.T)
         picture(panel, x0_hat[None], f"{name}'s x0_hat of pure noise")
         off = F.mse_loss(x0_hat, data_mean.expand_as(x0_hat)) ** 0.5
         print(f"{name}: MSE of eps_hat {np.mean(errors):.4f} over {len(errors)} levels; denoised "
               f"pure noise is {off:.3f} (rms) from the data mean")
-    curves.set(xlabel="log-SNR (left: noise)", ylabel="MSE of eps_hat", yscale="log")
-    curves.legend()
+    curves.plot(log_snr, found["CDM"] / found["DDM"])
+    curves.axhline(1, color="grey", linewidth=0.5)
+    curves.set(xlabel="log-SNR (left: noise)", ylabel="MSE of eps_hat, CDM / DDM")
     finish(fig, path)
 
 
