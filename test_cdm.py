@@ -1,6 +1,6 @@
 """The paper as tests: exact classifiers stand where the network goes, so every answer is known.
 
-Run with `pytest`: under a minute on two CPU cores, no network access. Read the two theorems first.
+Run with `pytest`: about a minute on two CPU cores, no network access. Read the two theorems first.
 """
 
 import copy
