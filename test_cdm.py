@@ -361,6 +361,15 @@ def test_every_rung_averages_to_one_for_the_exact_classifier_only():
     assert_close(wrong - rungs, shift[:-1] - shift[1:], atol=0.05, rtol=0)
 
 
+def test_mala_moves_leave_the_levels_as_they_are():
+    schedule = log_snr_schedule(8, 2, -5)       # few levels, little overlap: a wrong move would show
+    truth = one_gaussian(schedule, (0.3, 0.0), ((0.3, 0.0), (0.0, 0.02)))
+    model, n = CDM(truth.logits, schedule), 5000
+    x1 = model.add_noise(truth.sample(n), 1, torch.randn(n, 2).double())
+    above = annealed_log_z(model, x1, forward=False, moves=8)
+    assert_close((torch.logsumexp(-above, 0) - math.log(n)).item(), 0.0, atol=0.04, rtol=0)
+
+
 def test_the_audits_expose_a_likelihood_better_than_the_truth_in_64_dimensions():
     """A short training on a Gaussian with the covariance of scikit-learn's digits, whose entropy is
     known. The MSE leads and is not at its optimum: one pass lands below the truth about as far as
@@ -411,7 +420,7 @@ def test_annealing_brackets_a_missing_normaliser():
     schedule = log_snr_schedule(100, 6, -6)
     truth = mixture(schedule)
     wrong = torch.zeros(102).double()
-    wrong[1], wrong[40:60] = 0.8, -0.5           # p_1 integrates to e^0.8; the other errors cancel
+    wrong[1], wrong[40:60], wrong[100] = 0.8, -0.5, 0.7    # p_1 integrates to e^0.8, others cancel
     model = CDM(lambda x: truth.logits(x) + wrong, schedule)
     x1 = model.add_noise(truth.sample(1000), 1, torch.randn(1000, 2).double())
     for moves in (0, 1):
