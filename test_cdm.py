@@ -362,7 +362,7 @@ def test_every_rung_averages_to_one_for_the_exact_classifier_only():
 
 
 def test_mala_moves_leave_the_levels_as_they_are():
-    schedule = log_snr_schedule(8, 2, -5)       # few levels, little overlap: a wrong move would show
+    schedule = log_snr_schedule(8, 2, -5)        # few levels, so that a wrong move shows
     truth = one_gaussian(schedule, (0.3, 0.0), ((0.3, 0.0), (0.0, 0.02)))
     model, n = CDM(truth.logits, schedule), 5000
     x1 = model.add_noise(truth.sample(n), 1, torch.randn(n, 2).double())
@@ -566,6 +566,9 @@ def test_the_table_gives_the_truth_a_kl_of_zero():
     row, log_p, log_q = toy_2d.evaluate(lambda x: oracle.log_prob(x.double()), oracle)
     assert abs(row["KL"]) < 1e-4 and abs(row["log_Z"]) < 1e-4
     assert log_p.shape == log_q.shape == (toy_2d.CELLS ** 2,)
+    with pytest.raises(ValueError, match="outside"):
+        far = toy_2d.Oracle(torch.tensor([(5.0, 0.0), (0.0, 0.0)]), std=0.1)
+        toy_2d.evaluate(lambda x: far.log_prob(x.double()), far)
     shifted = toy_2d.evaluate(lambda x: oracle.log_prob(x.double()) + 0.5, oracle)[0]
     assert_close((shifted["KL_raw"], shifted["log_Z"], shifted["KL"]), (-0.5, 0.5, 0.0),
                  atol=1e-4, rtol=0)                          # KL_raw alone rewards a wrong scale
