@@ -9,15 +9,16 @@ its logits l_t(x) hold a diffusion model and an exact likelihood:
     noise         x_t = alpha_t x_0 + sigma_t eps       t = 0 clean data, 1 .. T, T+1 pure N(0, I)
     classifier    softmax(l(x))_t = p(t | x)            t drawn uniformly from the T+2 levels
     theorem 3.2   log p_t(x)        = l_t(x) - l_{T+1}(x) + log N(x; 0, I)         one forward pass
-    theorem 3.1   E[eps | x_t = x]  = sigma_t ( grad_x [l_{T+1}(x) - l_t(x)] + x )    one backward
+    theorem 3.1   E[eps | x_t = x]  = sigma_t ( x - grad_x [l_t(x) - l_{T+1}(x)] )    one backward
 
 Both are Bayes' rule: the logits give p_t / p_{T+1}, and p_{T+1} = N(0, I) is known. Names follow
 the paper: x0, xt, eps, eps_hat (estimate of eps), x0_hat. Shapes: B rows, L = T + 2 levels, and
 `...` for the axes of one sample, d numbers in all. Likelihoods are in nats unless said otherwise.
 
-Not here: networks, data and training loops (toy_2d.py, mnist.py), learned variances, guidance.
+Not here: networks, data and training loops (toy_2d.py, mnist.py), learned variances.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -105,6 +106,8 @@ class Diffusion(nn.Module):
 
     Wherever a level t is asked for, it is an int or a long tensor (B,); else ValueError."""
 
+    y, guidance = None, 0.0                                                # see given(): no labels
+
     def __init__(self, net, schedule):
         super().__init__()
         alpha, sigma = schedule
@@ -124,6 +127,27 @@ class Diffusion(nn.Module):
     def predict_noise(self, xt, t):
         """eps_hat = E[eps | x_t = xt]: (B, ...) -> (B, ...)."""
         raise NotImplementedError
+
+    def given(self, y, guidance=0.0):
+        """The same model of p(x given y), for the class labels y, long (B,), of the B rows to come.
+
+        Its net takes labels as net(.., y=y), and to be called without them means "any class", which
+        training teaches by dropping some. guidance w (Ho, Salimans 2022) overstates what the labels
+        change: out(y) + w (out(y) - out()), for out the logits of a CDM or a DDM's eps_hat. -1: as
+        without labels; 0: p(x given y); above 0: samples more typical of y, but no density."""
+        model = copy.copy(self)                                     # shares weights, not y
+        model.y, model.guidance = y, guidance
+        return model
+
+    def _net(self, *inputs, y=None):
+        """The network's output, for the labels if any. ValueError if their number is off."""
+        y = self.y if y is None else y
+        if y is None:
+            return self.net(*inputs)
+        if len(y) != len(inputs[0]):
+            raise ValueError(f"y must have a label for each of {len(inputs[0])} rows, got {len(y)}")
+        out = self.net(*inputs, y=y)
+        return out + self.guidance * (out - self.net(*inputs)) if self.guidance else out
 
     def _levels(self, t, x, low=0, high=None):
         """t as a long tensor (B,), after checking that it lies in low .. high (default T+1)."""
@@ -196,13 +220,13 @@ class DDM(Diffusion):
     """A denoising diffusion model: net(xt, t) -> eps_hat (B, ...) is told the level t."""
 
     def predict_noise(self, xt, t):
-        return self.net(xt, self._levels(t, xt))
+        return self._net(xt, self._levels(t, xt))
 
-    def loss(self, x0):
-        """The DDPM loss: mean squared error of eps_hat at stratified levels 1 .. T."""
+    def loss(self, x0, y=None):
+        """The DDPM loss: mean squared error of eps_hat at stratified levels 1 .. T; labels y."""
         t, eps = stratified_levels(len(x0), 1, self.T, x0.device), torch.randn_like(x0)
         alpha, sigma = self._scales(t, x0)
-        mse = F.mse_loss(self.net(alpha * x0 + sigma * eps, t), eps)
+        mse = F.mse_loss(self._net(alpha * x0 + sigma * eps, t, y=y), eps)
         return Loss(mse, torch.full_like(mse, math.nan), mse.detach())
 
 
@@ -210,50 +234,60 @@ class CDM(Diffusion):
     """A classification diffusion model: net(x) -> logits (B, T+2). To guess t is the net's task.
 
     net: a module or any callable, so an exact classifier can stand in. Rows must not influence each
-    other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU). Outside of
-    training two levels, t and T+1, are enough: a net that has an attribute picks_levels = True is
-    called as net(x, levels), levels (B, n), and gives their logits (B, n) alone, to be faster."""
+    other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU).
 
-    def logits(self, x, levels=None):
-        """l(x): (B, ...) -> (B, T+2), or of the given levels (B, n) only. ValueError if the
-        network's output has another shape."""
-        picks = levels is not None and getattr(self.net, "picks_levels", False)
-        logits = self.net(x, levels) if picks else self.net(x)
-        wanted = len(x), levels.shape[1] if picks else self.T + 2
-        if logits.shape != wanted:
-            raise ValueError(f"net must give logits of shape {wanted}, T+2 levels unless it picks, "
+    A density ratio needs two logits of each row, not T+2. A net with an attribute picks_levels =
+    True saves the rest: called as net(x, levels), levels (B, n), it gives (B, n). In training,
+    net(x, levels, every=True) gives these and, with x held fixed, all (B, T+2): cross-entropy does
+    not differentiate in x, and second derivatives of T+2 logits would double the time of a step."""
+
+    def logits(self, x, y=None):
+        """l(x): (B, ...) -> (B, T+2). ValueError if the network's output has another shape."""
+        return self._checked(self._net(x, y=y), len(x), self.T + 2)
+
+    def _checked(self, logits, *shape):
+        if logits.shape != shape:
+            raise ValueError(f"net must give logits of shape {shape}, T+2 levels unless it picks, "
                              f"got {tuple(logits.shape)}")
-        return logits if picks or levels is None else logits.gather(1, levels)
+        return logits
 
-    def _pair(self, t):
-        """Levels t and T+1 of each row: (B, 2)."""
-        return torch.stack([t, torch.full_like(t, self.T + 1)], 1)
+    def _log_ratio(self, x, t, y=None, every=False):
+        """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats (B,), by Bayes' rule, t being uniform.
+        Beside it the logits it was read off: l(x) if every, else maybe fewer."""
+        pair = torch.stack([t, torch.full_like(t, self.T + 1)], 1)                        # (B, 2)
+        if getattr(self.net, "picks_levels", False):
+            picked = self._net(x, pair, *[True] * every, y=y)
+            two, logits = picked if every else (picked, picked)
+            self._checked(two, len(x), 2)
+        else:
+            logits = self.logits(x, y)
+            two = logits.gather(1, pair)
+        return two[:, 0] - two[:, 1], logits
 
-    def _logits_and_noise(self, xt, t, levels=None):
-        """Theorem 3.1, the one place where the classifier is differentiated: l(xt) and eps_hat.
+    def _ratio_and_noise(self, xt, t, y=None, every=False):
+        """Theorem 3.1, the one place where the classifier is differentiated: log-ratio, eps_hat and
+        logits. With E[eps | x_t] = -sigma_t grad log p_t (Tweedie), p_t = ratio times N(0, I).
 
         vjp rather than autograd.grad: it can be compiled, it stays differentiable in the weights
         (training), and under no_grad it keeps no graph of them (sampling)."""
-        logits, pull = torch.func.vjp(lambda x: self.logits(x, levels), xt)               # (B, L)
-        level = torch.arange(self.T + 2, device=xt.device) if levels is None else levels
-        pick = (level == self.T + 1).to(xt) - (level == t[:, None]).to(xt)  # (B, L) e_{T+1} - e_t
-        (grad,) = pull(pick)                   # (B, ...) rows are independent: one pass serves all
+        log_ratio, pull, logits = torch.func.vjp(lambda x: self._log_ratio(x, t, y, every), xt,
+                                                 has_aux=True)                              # (B,)
+        (grad,) = pull(torch.ones_like(log_ratio))    # (B, ...) one pass: rows are independent
         _, sigma = self._scales(t, xt)                                                # (B, 1, ..)
-        return logits, sigma * (grad + xt)                                                # (B, ...)
+        return log_ratio, sigma * (xt - grad), logits                                     # (B, ...)
 
     def predict_noise(self, xt, t):
-        """Theorem 3.1: eps_hat = sigma_t (grad_x [l_{T+1}(xt) - l_t(xt)] + xt)."""
-        t = self._levels(t, xt)
-        return self._logits_and_noise(xt, t, self._pair(t))[1]
+        """Theorem 3.1: eps_hat = sigma_t (xt - grad_x [l_t(xt) - l_{T+1}(xt)])."""
+        return self._ratio_and_noise(xt, self._levels(t, xt))[1]
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
-        logits = self.logits(x, self._pair(self._levels(t, x)))                           # (B, 2)
-        return logits[:, 0] - logits[:, 1] + log_normal(x)      # log p_t / p_{T+1} + log p_{T+1}
+        return self._log_ratio(x, self._levels(t, x))[0] + log_normal(x)       # p_{T+1} = N(0, I)
 
-    def loss(self, x0, w_ce=1.0, w_mse=1.0):
+    def loss(self, x0, y=None, w_ce=1.0, w_mse=1.0):
         """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at stratified levels t = 0 .. T+1.
 
+        x0 (B, ...), and where the net takes class labels y (B,), some of them dropped.
         CE alone has no signal where levels are told apart with certainty, so gradients drift there.
         MSE teaches the gradients, but leaves each level's constant free. Together they fix both.
         w_ce = 1 is right in 2-D; from 64 dimensions on the MSE must lead (w_ce about 0.001)."""
@@ -261,10 +295,10 @@ class CDM(Diffusion):
         alpha, sigma = self._scales(t, x0)
         xt = alpha * x0 + sigma * eps
         if w_mse:
-            logits, eps_hat = self._logits_and_noise(xt, t)
+            _, eps_hat, logits = self._ratio_and_noise(xt, t, y, every=True)
             mse = F.mse_loss(eps_hat, eps)
         else:                                                  # CE only: no gradient in x is needed
-            logits, mse = self.logits(xt), torch.full((), math.nan).to(xt)
+            logits, mse = self.logits(xt, y), torch.full((), math.nan).to(xt)
         ce = F.cross_entropy(logits, t)
         total = w_ce * ce + w_mse * mse if w_mse else w_ce * ce
         return Loss(total, ce.detach(), mse.detach())
@@ -368,9 +402,8 @@ def annealed_log_z(model, x, forward=True, moves=1):
     alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
 
     def at(x, t):                                                        # log p_t and its gradient
-        t_row = model._levels(t, x)
-        logits, eps_hat = model._logits_and_noise(x, t_row, model._pair(t_row))
-        return logits[:, 0] - logits[:, 1] + log_normal(x), -eps_hat / sigma[t]
+        log_ratio, eps_hat, _ = model._ratio_and_noise(x, model._levels(t, x))
+        return log_ratio + log_normal(x), -eps_hat / sigma[t]
 
     def log_step(z, std):                                                     # log N(z; 0, std^2)
         return log_normal(z / std) - z[0].numel() * math.log(std)

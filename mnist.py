@@ -8,7 +8,7 @@
 Read it for the network, the same for a CDM and a DDM (--model ddm), and for how bits/dim of 8-bit
 images are measured and doubted. Results go to runs/mnist: model.pt (checkpoint; the one before
 becomes model.old.pt), weights.pt (small), log.csv, pictures. The method itself is in cdm.py. Not
-here: distributed training, data augmentation, class labels.
+here: distributed training, data augmentation.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, ddpm_schedule, log_snr_schedule,
                  ot_schedule, stratified_levels, uniform_schedule)
@@ -134,8 +135,8 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B, 1, H, W) -> features (B, width, H/2, W/2); H and W are multiples of 4. told: of a level,
-    as a time (B,) in 0 .. 1. A classifier of levels is not."""
+    """(B, 1, H, W) -> features (B, width, H/2, W/2); H and W are multiples of 4. told (B, 32):
+    what it may know of the level (a classifier of levels may not) or the class."""
 
     def __init__(self, width, told=False):
         super().__init__()
@@ -147,14 +148,30 @@ class UNet(nn.Module):
         self.fine2 = Block(2 * width, width, told)
         self.norm = nn.GroupNorm(4, width)
 
-    def forward(self, x, time=None):
-        if time is not None:
-            phase = time[:, None] * torch.arange(1, 17, device=x.device) * (math.pi / 2)
-            time = torch.cat([phase.sin(), phase.cos()], 1)                            # (B, 32)
-        h = self.fine1(self.stem(F.pixel_unshuffle(x, 2)), time)
-        coarse = self.coarse2(self.coarse1(self.down(h), time), time)
+    def forward(self, x, told=None):
+        h = self.fine1(self.stem(F.pixel_unshuffle(x, 2)), told)
+        coarse = self.coarse2(self.coarse1(self.down(h), told), told)
         up = F.interpolate(self.up(coarse), scale_factor=2.0)
-        return F.silu(self.norm(self.fine2(torch.cat([h, up], 1), time)))
+        return F.silu(self.norm(self.fine2(torch.cat([h, up], 1), told)))
+
+
+ANY = 10                                                          # the label of unlabelled rows
+
+
+class Labels(nn.Embedding):
+    """Class labels (B,) of the rows of x -> (B, 32). No labels: ANY, any class."""
+
+    def __init__(self):
+        super().__init__(ANY + 1, 32)
+
+    def forward(self, x, y=None):
+        unknown = torch.full((len(x),), ANY, device=x.device)
+        return super().forward(unknown if y is None else y)
+
+
+def drop_labels(y, rate=0.1):
+    """Labels (B,), some turned into ANY: so one network learns p(x) beside p(x given y)."""
+    return torch.where(torch.rand(y.shape, device=y.device) < rate, ANY, y)
 
 
 STEP = 2 / 256                                                    # between two 8-bit grey values
@@ -183,7 +200,7 @@ class PixelMixture(nn.Module):
         return weight, mean, (numbers[:, 5:] + start).exp() + (STEP / 2) ** 2
 
 
-def log_pixel(x, mixture, alpha, sigma, few=1):
+def log_pixel(x, mixture, alpha, sigma, lattice=True):
     """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
     (L,) or (B, 1, L), stand for: (B, d, L), without the constant that all share.
 
@@ -193,26 +210,22 @@ def log_pixel(x, mixture, alpha, sigma, few=1):
     v sigma^2 / noised. Poisson's formula makes it 1 + 2 sum_n (-1)^n exp(-2 (pi n s / STEP)^2)
     cos(2 pi n mean / STEP); three terms do from level 1 on. Only the first `few` levels need it."""
     weight, means, variances = mixture
-
-    def log_normal(mean, variance):
-        noised = alpha ** 2 * variance + sigma ** 2
-        return -0.5 * (noised.log() + (x - alpha * mean) ** 2 / noised)
-
-    parts = [weight[:, 0] + log_normal(-255 / 256, 0.0)]                                # black
-    a, var = alpha[..., :few], sigma[..., :few] ** 2
+    parts = [(1 / sigma, weight[:, 0] - 0.5 * ((x + 255 / 256 * alpha) / sigma) ** 2)]      # black
     for i in (0, 1):                                                                # white, grey
         mean, variance = means[:, i], variances[:, i]
-        noised = a ** 2 * variance + var
-        phase = (a * variance * x + var * mean) / noised * (2 * math.pi / STEP)
-        fade, cos = (-2 * (math.pi / STEP) ** 2 * variance * var / noised).exp(), phase.cos()
-        ripple = 1 + 2 * (-fade * cos + fade ** 4 * (2 * cos ** 2 - 1)
-                          - fade ** 9 * (4 * cos ** 3 - 3 * cos))
-        smooth = weight[:, i + 1] + log_normal(mean, variance)
-        rippled = smooth[..., :few] + ripple.clamp(min=1e-3).log()
-        parts.append(torch.cat([rippled, smooth[..., few:]], -1))
+        noised = alpha ** 2 * variance + sigma ** 2
+        factor = noised.rsqrt()
+        exponent = weight[:, i + 1] - 0.5 * ((x - alpha * mean) * factor) ** 2
+        if lattice:
+            cos = ((alpha * variance * x + sigma ** 2 * mean) / noised * (2 * math.pi / STEP)).cos()
+            fade = (-2 * (math.pi / STEP) ** 2 * variance * sigma ** 2 / noised).exp()
+            ripple = 1 + 2 * (-fade * cos + fade ** 4 * (2 * cos ** 2 - 1)
+                              - fade ** 9 * (4 * cos ** 3 - 3 * cos))
+            factor = factor * ripple.clamp(min=1e-3)
+        parts.append((factor, exponent))
     with torch.no_grad():                    # logsumexp by hand, no gradient through the shift:
-        top = torch.maximum(torch.maximum(parts[0], parts[1]), parts[2])            # 3 times faster
-    return top + sum((part - top).exp() for part in parts).log()
+        top = torch.maximum(torch.maximum(parts[0][1], parts[1][1]), parts[2][1])   # 3 times faster
+    return top + sum(factor * (exponent - top).exp() for factor, exponent in parts).log()
 
 
 def place(schedule):
@@ -227,11 +240,13 @@ class DigitClassifier(nn.Module):
     The U-Net reads the whole image and sets the mixture of every pixel. Were pixels independent,
     the sum of their log p_t would be the exact logits. So it is at the start, the last layers being
     zero. A read-out of the pooled features, smooth in log-SNR, corrects each level as a whole.
-    Levels enter by their noise alone, so a trained network serves any number of them."""
+    Levels enter by their noise alone, so a trained network serves any number of them. With labels
+    it also takes the class y (B,) of the digits: log p_t(x given y)."""
 
-    def __init__(self, images, schedule, width):
+    def __init__(self, images, schedule, width, labels=False):
         super().__init__()
-        self.unet, self.mixture = UNet(width), PixelMixture(images, width)
+        self.unet, self.mixture = UNet(width, labels), PixelMixture(images, width)
+        self.label = Labels() if labels else None
         self.level = nn.Linear(width, 16)
         nn.init.zeros_(self.level.weight), nn.init.zeros_(self.level.bias)
         alpha, sigma = (v.float() for v in schedule)
@@ -243,16 +258,23 @@ class DigitClassifier(nn.Module):
 
     picks_levels = True
 
-    def forward(self, x, levels=None):
-        h = self.unet(x)
-        mixture, whole = self.mixture(h), self.level(h.mean((2, 3)))
+    def forward(self, x, levels=None, every=False, y=None):
+        h = self.unet(x, self.label(x, y) if self.label else None)
+        mixture, whole = self.mixture(h), self.level(h.mean((2, 3)))                     # (B, 16)
+
+        def every_level(x):                                                             # (B, L)
+            fine, coarse = ((self.alpha[some], self.sigma[some], lattice) for some, lattice in
+                            ((slice(self.few), True), (slice(self.few, None), False)))
+            logits = [log_pixel(x, mixture, *some).sum(1) for some in (fine, coarse)]
+            return torch.cat(logits, 1) + whole @ self.waves
+
         x = x.flatten(1)[..., None]                                                     # (B, d, 1)
-        if levels is None:                                                              # (B, L)
-            return (log_pixel(x, mixture, self.alpha, self.sigma, self.few).sum(1)
-                    + whole @ self.waves)
+        if levels is None:
+            return every_level(x)
         alpha, sigma = (v[levels][:, None] for v in (self.alpha, self.sigma))           # (B, 1, n)
-        return (log_pixel(x, mixture, alpha, sigma, levels.shape[1]).sum(1)
-                + (whole[:, :, None] * self.waves.T[levels].mT).sum(1))                 # (B, n)
+        waves = (whole[:, :, None] * self.waves.T[levels].mT).sum(1)
+        picked = log_pixel(x, mixture, alpha, sigma).sum(1) + waves                     # (B, n)
+        return (picked, every_level(x.detach())) if every else picked
 
 
 class DigitDenoiser(nn.Module):
@@ -261,15 +283,18 @@ class DigitDenoiser(nn.Module):
     Told t, it gives each pixel's mixture, and eps_hat = -sigma_t grad log p_t of that mixture, held
     fixed. Wider by sqrt(2), it costs as much as the classifier's forward and backward pass."""
 
-    def __init__(self, images, schedule, width):
+    def __init__(self, images, schedule, width, labels=False):
         super().__init__()
         width = 4 * round(math.sqrt(2) * width / 4)
         self.unet, self.mixture = UNet(width, told=True), PixelMixture(images, width)
+        self.label = Labels() if labels else None
         for name, value in zip(("alpha", "sigma", "time"), (*schedule, place(schedule))):
             self.register_buffer(name, value.float(), persistent=False)
 
-    def forward(self, x, t):
-        mixture = self.mixture(self.unet(x, self.time[t]))
+    def forward(self, x, t, y=None):
+        phase = self.time[t][:, None] * torch.arange(1, 17, device=x.device) * (math.pi / 2)
+        told = torch.cat([phase.sin(), phase.cos()], 1)                                # (B, 32)
+        mixture = self.mixture(self.unet(x, told + self.label(x, y) if self.label else told))
         alpha, sigma = (v[t][:, None, None] for v in (self.alpha, self.sigma))
         log_p, pull = torch.func.vjp(lambda pixels: log_pixel(pixels, mixture, alpha, sigma),
                                      x.flatten(1)[..., None])
@@ -297,7 +322,8 @@ def build(config, images):
     """The model that a configuration stands for; images give the pixels' own shades."""
     schedule = SCHEDULES[config["schedule"]](config["T"])
     family, network = {"cdm": (CDM, DigitClassifier), "ddm": (DDM, DigitDenoiser)}[config["model"]]
-    return family(network(images, schedule, config["width"]), schedule)
+    labels = config.get("conditional", False)
+    return family(network(images, schedule, config["width"], labels), schedule)
 
 
 def save(path, **content):
@@ -336,24 +362,23 @@ def load_model(path, dataset, images, device, T=None):
     return model
 
 
-def compiled_loss(model, x0, weights):
+def compiled(loss, *example):
     """The whole loss compiled, gradient of the logits included; eager, and said so, if it fails."""
     print("compiling the loss (one to two minutes)", flush=True)
     try:
-        loss = torch.compile(model.loss, fullgraph=True)
-        loss(x0, **weights).total.backward()
-        model.zero_grad()
-        return loss
+        fast = torch.compile(loss, fullgraph=True)
+        fast(*example).total.backward()                              # its gradients are thrown away
+        return fast
     except Exception as error:
         print(f"compiling failed ({type(error).__name__}); going on without: slower, same results")
-        return model.loss
+        return loss
 
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-def train(args, config, images, device):
+def train(args, config, images, labels, device):
     """Train; return the model with averaged weights (EMA). Checkpoint and log go to args.out."""
     path, steps, batch = args.out / "model.pt", args.steps, args.batch
     model = build(config, images).to(device)
@@ -372,11 +397,11 @@ def train(args, config, images, device):
         for old in (path, path.with_name("weights.pt"), path.with_name("log.csv")):
             if old.exists():                                       # the run before is kept
                 os.replace(old, old.with_suffix(".old" + old.suffix))
-    images = images.to(device)                                     # the whole data set, one tensor
+    images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
     weights = dict(w_ce=args.w_ce, w_mse=args.w_mse) if args.model == "cdm" else {}
-    loss_of = model.loss
+    loss_of = lambda x0, y: model.loss(x0, y if args.conditional else None, **weights)
     if not args.no_compile and (device.type == "cuda" or device.type == "cpu" and steps >= 2000):
-        loss_of = compiled_loss(model, to_x0(images[:batch]), weights)
+        loss_of = compiled(loss_of, to_x0(images[:batch]), labels[:batch])
     args.out.mkdir(parents=True, exist_ok=True)
     log = open(args.out / "log.csv", "a" if first else "w")
     log.write("" if first else "step,ce,mse,ms_per_step\n")
@@ -393,7 +418,7 @@ def train(args, config, images, device):
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
-        loss = loss_of(to_x0(images[rows]), **weights)
+        loss = loss_of(to_x0(images[rows]), drop_labels(labels[rows]))
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if step % every == 0:
@@ -467,7 +492,7 @@ def likelihood(model, images, audit):
                      lambda k: bits_per_dim(model, k, "elbo", draws=draws)))
     if isinstance(model, CDM):
         row("one forward pass", few, "1", lambda k: bits_per_dim(model, k))
-    row("ELBO", few, "20 x 2", lambda k: bits_per_dim(model, k, "elbo", draws=20))
+    row("ELBO", few, "100 x 2", lambda k: bits_per_dim(model, k, "elbo", draws=100))
     row("probability-flow ODE", few, f"{2 * T - 2} x 4",
         lambda k: bits_per_dim(model, k, "ode", probes=1))
     if isinstance(model, CDM):
@@ -478,8 +503,9 @@ def likelihood(model, images, audit):
             lambda k: annealed_log_z(model, noised(k), forward=False), -1)
         one, bound, ode, below, above = means
         off = max(abs(one - bound), abs(one - ode), below - one, one - above)
-        print(f"\nOn these {len(few)} images one pass is {off:.3f} bits/dim from ELBO, ODE and "
-              "the range of log Z" + (": too few images to tell." if len(few) < 20 else
+        print(f"\nOn these {len(few)} images one pass is {off:.3f} bits/dim from ELBO, ODE and the "
+              f"range of log Z,\nwhich is {above - below:.3f} wide" + (
+              ": too few images to tell." if len(few) < 20 else
               ": they agree." if off <= 0.02 else
               ".\nThat is too far to believe it: trust one pass + log Z, and the ELBO, its bound."))
     return found[0]
@@ -585,6 +611,25 @@ def draw(model, images, path, steps):
 
 
 @torch.no_grad()
+def show_levels(model, image, path):
+    """A picture of what the classifier sees: x_t, its posterior over levels, and its gradient."""
+    levels = [max(1, round(share * model.T)) for share in (0.15, 0.4, 0.55, 0.7, 0.85, 1.0)]
+    fig, axes = plt.subplots(4, len(levels), figsize=(9, 5.4), layout="constrained",
+                             height_ratios=[1, 0.6, 1, 1])
+    for column, t in zip(axes.T, levels):
+        x0 = to_x0(image)
+        xt = model.add_noise(x0, t, torch.randn_like(x0))
+        picture(column[0], xt[None] / xt.abs().max(), f"x_t, true level t = {t}")
+        column[1].plot(model.logits(xt)[0].softmax(0).cpu())
+        column[1].axvline(t, color="grey", linestyle=":")
+        column[1].set(yticks=[], xlabel="level")
+        column[1].set_title("softmax of the logits", fontsize=9)
+        picture(column[2], model.predict_noise(xt, t)[None] / 2, "gradient: eps_hat")
+        picture(column[3], model.denoise(xt, t)[None], "x0_hat")
+    finish(fig, path)
+
+
+@torch.no_grad()
 def compare(models, images, data_mean, path):
     """The paper's figures 4 and 5: ratio of the errors at each level, and the denoised pure noise.
 
@@ -614,6 +659,47 @@ def compare(models, images, data_mean, path):
     finish(fig, path)
 
 
+@torch.no_grad()
+def classify(model, images, labels):
+    """Bayes' rule with ten equally likely classes: the y of the highest log p(x given y).
+
+    All ten are measured with the same random numbers, so that only the label differs."""
+    ways = {"one forward pass": (1000, "one_pass", {})} if isinstance(model, CDM) else {}
+    ways.update({f"ELBO, {n} draws": (200, "elbo", dict(draws=n)) for n in (4, 16, 64)})
+    print(f"\n| class by the {type(model).__name__}'s p(x given y) | images | passes each | accuracy | "
+          "ms per image |\n| ----------------------------- | ------ | ----------- | -------- | "
+          "------------ |")
+    for name, (n, by, options) in ways.items():
+
+        def best(k):
+            bits = []
+            for y in range(ANY):
+                torch.manual_seed(0)
+                given = model.given(torch.full((len(k),), y, device=k.device))
+                bits.append(bits_per_dim(given, k, by, **options))
+            return torch.stack(bits).argmin(0)
+
+        n = len(images) if by == "one_pass" else min(n, len(images))
+        start = time.time()
+        right = batches(best, images[:n]) == labels[:n].cpu()
+        passes = 10 * options.get("draws", 1)
+        print(f"| {name:29s} | {n:6d} | {passes:11d} | {100 * right.float().mean():6.2f} % | "
+              f"{1000 * (time.time() - start) / n:12.1f} |", flush=True)
+
+
+@torch.no_grad()
+def draw_classes(model, shape, path, steps):
+    """A picture: one row of samples for each class, from the same noise at growing guidance."""
+    y = torch.arange(ANY, device=model.alpha.device).repeat_interleave(6)
+    noise = torch.randn(len(y), *shape, device=y.device)
+    fig, axes = plt.subplots(1, 4, figsize=(9.6, 4.4), layout="constrained")
+    for ax, w in zip(axes, (-1.0, 0.0, 1.0, 3.0)):
+        x0 = model.given(y, w).sample(noise.shape, min(steps, model.T), xT=noise)
+        picture(ax, x0.clamp(-1, 1).unflatten(0, (ANY, 6)), f"guidance {w:g}" + (
+            ": labels unused" if w == -1 else ": p(x given y)" if w == 0 else ""))
+    finish(fig, path)
+
+
 def rank(model, images, bits, path):
     """What one pass is good for: likely and unlikely digits, and telling digits from the rest."""
     order, (fig, axes) = bits.argsort(), plt.subplots(2, 1, figsize=(6, 3), layout="constrained")
@@ -636,10 +722,120 @@ def rank(model, images, bits, path):
         print(f"| {name:33s} | {auroc:.3f} | {theirs.mean():8.2f} |", flush=True)
 
 
+# -------------------------------------------------------------------------------------- benchmark
+
+
+def naive_loss(model, x0, w_ce):
+    """CDM.loss as one would write it first: the logits of all levels differentiated twice, a B x B
+    matrix to pick one a row, autograd.grad. Equal, and slower. It also serves to count FLOPs."""
+    t, eps = stratified_levels(len(x0), 0, model.T + 1, x0.device), torch.randn_like(x0)
+    alpha, sigma = (v[t].view(-1, 1, 1, 1) for v in (model.alpha, model.sigma))
+    xt = (alpha * x0 + sigma * eps).requires_grad_()
+    logits = model.net(xt + 0)                                # + 0: else the FLOP counter refuses
+    score = (logits[:, -1] - torch.diag(logits[:, t])).sum()
+    (grad,) = torch.autograd.grad(score, xt, create_graph=True)
+    return w_ce * F.cross_entropy(logits, t) + F.mse_loss(sigma * (grad + xt), eps)
+
+
+def cost(work, device, repeats=5):
+    """Median ms of work(), and the MB it takes beyond those in use; nan if that cannot be told."""
+    def run():
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - start)
+
+    run(), run()                                                                        # warm-up
+    ms = np.median([run() for _ in range(repeats)])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return ms, (torch.cuda.max_memory_allocated() - before) / 1e6
+    try:                                                                                  # Linux
+        Path("/proc/self/clear_refs").write_text("5")                        # the peak starts anew
+        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+        before = status("VmRSS:")
+        run()
+        return ms, (status("VmHWM:") - before) / 1e3
+    except OSError:
+        return ms, math.nan
+
+
+def flops(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def benchmark(model, images, args, device):
+    """What the work of a trained CDM costs, beside the alternatives: medians of one run."""
+    def like(family, T):
+        config = dict(model=family, schedule="log-snr", T=T, width=model.net.unet.norm.num_channels)
+        return build(config, images).to(device)
+
+    def step(m, loss, x0):                                  # loss and gradients, no optimiser
+        return lambda: (m.zero_grad(), loss(x0).total.backward())
+
+    def row(what, mine, beside, other, times=1):
+        (a, mb_a), (b, mb_b) = cost(mine, device), cost(other, device)
+        print(f"| {what:19s} | {beside:32s} | {times * b / a:9.2f} | {a:8.1f} | {times * b:9.1f} | "
+              f"{mb_a:5.0f} | {mb_b:5.0f} |", flush=True)
+
+    x0, k, ddm = to_x0(images[:args.batch]).to(device), images[:20].to(device), like("ddm", model.T)
+    eager = lambda x0: model.loss(x0, w_ce=args.w_ce)
+    fast, ddm_fast = (f if args.no_compile else compiled(f, x0) for f in (eager, ddm.loss))
+    naive = lambda: (model.zero_grad(), naive_loss(model, x0, args.w_ce).backward())
+    xt = x0.clone().requires_grad_()
+    calls = [flops(f) / args.batch / 1e6 for f in (
+        lambda: torch.autograd.grad(model.net(xt + 0).sum(), xt), lambda: ddm.predict_noise(x0, 1),
+        naive, step(ddm, ddm.loss, x0))]
+    print("million FLOPs of an image, CDM and DDM: {:.0f} and {:.0f} to denoise, {:.0f} and {:.0f} "
+          "to train".format(*calls))
+    print(f"\nbatch {args.batch}, T = {model.T}; ratio: its ms by the CDM's\n\n"
+          "| a CDM's             | beside                           |     ratio |       ms |    its ms "
+          "|    MB | its MB |\n| --- | --- | --- | --- | --- | --- | --- |")
+    row("training step", step(model, fast, x0), "the same, not compiled", step(model, eager, x0))
+    row("training step", step(model, fast, x0), "the same, written naively", naive)
+    row("training step", step(model, fast, x0), "DDM's", step(ddm, ddm_fast, x0))
+    one_pass = lambda: bits_per_dim(model, k)
+
+    def ode(steps):
+        torch.manual_seed(0)
+        return bits_per_dim(model, k, "ode", steps=steps, probes=1)
+
+    exact = ode(model.T - 1).mean()
+    steps = next(n for n in (*range(4, model.T - 1, 4), model.T - 1)
+                 if abs(ode(n).mean() - exact) < 0.01)
+    row("log-likelihood", one_pass, f"ODE, {steps} steps, to 0.01 bits/dim", lambda: ode(steps))
+    draw = lambda: bits_per_dim(model, k, "elbo", draws=1)
+    spread = torch.stack([draw() for _ in range(20)]).std(0).mean().item()
+    draws = math.ceil((spread / 0.01) ** 2)
+    row("log-likelihood", one_pass, f"ELBO, {draws} draws, to 0.01 bits/dim", draw, draws)
+    for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
+        mine, its = (lambda m=m: m.sample(k.shape, steps, method) for m in (model, ddm))
+        row("sampling", mine, f"DDM's, {method}, {steps} steps", its)
+    print("\n| batch |    T | ms per step, not compiled | images/s |    MB |\n"
+          "| --- | --- | --- | --- | --- |")
+    for batch, T in ((16, 64), (64, 64), (256, 64), (1024, 64), (4096, 64), (64, 256), (64, 1000)):
+        if batch <= 256 or device.type == "cuda":
+            other = like("cdm", T)
+            ms, mb = cost(step(other, other.loss, to_x0(images[:batch]).to(device)), device)
+            print(f"| {batch:5d} | {T:4d} | {ms:25.1f} | {1000 * batch / ms:8.0f} | {mb:5.0f} |",
+                  flush=True)
+    print("\n| DDIM steps | ms per image |\n| --- | --- |")
+    for steps in (1, 10, 25, 50):
+        if steps <= model.T:
+            ms, _ = cost(lambda: model.sample(k.shape, steps), device)
+            print(f"| {steps:10d} | {ms / len(k):12.1f} |", flush=True)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--model", choices=("cdm", "ddm"), default="cdm", help="ddm: told the level, to compare")
+    add("--conditional", action="store_true", help="a model of the digits given their labels too")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
@@ -648,6 +844,7 @@ def main():
     add("--out", type=Path, default=Path("runs/mnist"), help="folder for results (%(default)s)")
     add("--weights", type=Path, help="sample and measure with this checkpoint, no training")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--benchmark", action="store_true", help="measure what a CDM costs, beside a DDM")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--measure", type=int, help="how many images to measure on (10000, quick 500)")
     add("--audit", type=int, help="how many to audit by ODE and log Z (200, quick, weights 20)")
@@ -671,6 +868,9 @@ def main():
     full = (*full[:-2], 20, 0) if args.weights else full                       # minutes on a CPU
     names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
     asked_T = args.T
+    if args.benchmark:
+        args.weights = args.weights or Path(__file__).parent / "assets/mnist_cdm.pt"
+        args.batch = args.batch or (256 if args.device == "cuda" else 64)
     for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -683,6 +883,9 @@ def main():
         p.error("--measure must be at least 20, --audit at least 2")
     if args.weights and args.resume:
         p.error("--weights measures, --resume trains: not both")
+    for path in filter(None, (args.weights, args.beside)):
+        if not path.is_file():
+            raise SystemExit(f"{path} is no usable checkpoint: there is no such file")
     if not args.lr > 0 or args.w_ce < 0 or args.w_mse < 0 or args.w_ce + args.w_mse == 0:
         p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
     if args.width < 8 or args.width % 8:
@@ -698,10 +901,15 @@ def main():
     if args.weights:
         model = load_model(args.weights, args.dataset, images, device, asked_T)
     else:
-        names = "model schedule dataset T width steps batch lr w_ce w_mse seed".split()
-        model = train(args, {name: getattr(args, name) for name in names}, images, device).eval()
+        names = "model conditional schedule dataset T width steps batch lr w_ce w_mse seed".split()
+        config = {name: getattr(args, name) for name in names}
+        model = train(args, config, *train_set, device).eval()
     if other and type(other) is type(model):
         raise SystemExit(f"--beside {args.beside}: one CDM and one DDM can be compared")
+    if other and other.T != model.T:
+        raise SystemExit(f"--beside has {other.T} levels, not {model.T}; --T can give both as many")
+    if args.benchmark:
+        return benchmark(model, images, args, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # exact now
     held_out = [v.to(device) for v in (test if args.split == "test" else validation)]
     measured = held_out[0][:args.measure]
@@ -712,9 +920,15 @@ def main():
     if isinstance(model, CDM):
         classifier_numbers(model, measured[:1000])
         rank(model, measured, bits, args.out / "ranked.png")
+        show_levels(model, measured[:1], args.out / "levels.png")
     if other:
         models[type(other).__name__] = other
         compare(models, measured[:100], to_x0(images).mean(0).to(device), args.out / "beside.png")
+    for each in models.values():
+        if each.net.label:
+            classify(each, measured, held_out[1][:args.measure])
+    if model.net.label:
+        draw_classes(model, measured.shape[1:], args.out / "classes.png", args.sample_steps)
     if args.samples:
         fid(models, [v.to(device) for v in train_set], held_out, args.samples)
 

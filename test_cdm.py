@@ -214,6 +214,18 @@ def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients(network)
     assert_close(b, a)
     for p, q in zip(twin.parameters(), eager.parameters()):
         assert_close(p.grad, q.grad)
+    with torch.compiler.set_stance("fail_on_recompile"):          # one graph serves every batch
+        for _ in range(3):
+            compiled(torch.randn(32, *shape)).total.backward()
+
+
+def test_where_compiling_fails_training_goes_on_without(monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler")
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    loss = small_model().loss
+    assert mnist.compiled(loss, torch.randn(8, 2)) == loss
+    assert "compiling failed (RuntimeError)" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------- samplers
@@ -471,6 +483,50 @@ def test_it_runs_in_float32_and_float64_on_points_and_images():
         model.loss(x).total.backward()
 
 
+def labelled():
+    """The two components of the mixture as two classes, and the model that takes them as labels."""
+    truth = mixture(SCHEDULES["log-SNR"])
+
+    def net(x, y=None):
+        if y is None:
+            return truth.logits(x)
+        parts = truth.parts(x) - truth.weights.log()                                   # (B, L, 2)
+        return parts.gather(2, y[:, None, None].expand(-1, parts.shape[1], 1))[..., 0]
+    return truth, CDM(net, truth.schedule)
+
+
+def test_bayes_rule_on_labelled_likelihoods_gives_the_exact_posterior_of_the_class():
+    truth, model = labelled()
+    x = truth.sample(50)
+    for t in (1, 20):
+        joint = [model.given(torch.full((50,), y)).log_prob(x, t) + truth.weights[y].log()
+                 for y in (0, 1)]
+        assert_close(torch.stack(joint, 1).softmax(1), truth.parts(x)[:, t].softmax(1))
+
+
+def test_guidance_0_is_the_labelled_model_and_minus_1_the_one_without_labels():
+    truth, model = labelled()
+    x, y, t = truth.sample(8), torch.tensor([0, 1] * 4), torch.arange(1, 48, 6)
+    free, told = model.predict_noise(x, t), model.given(y).predict_noise(x, t)
+    assert model.y is None and not torch.allclose(free, told)
+    assert_close(model.given(y, -1.0).predict_noise(x, t), free)
+    assert_close(model.given(y, 2.0).predict_noise(x, t), told + 2 * (told - free))
+    ddm = DDM(lambda x, t, y=None: (model if y is None else model.given(y)).predict_noise(x, t),
+              truth.schedule)
+    for w in (-1.0, 0.0, 2.0):
+        assert_close(ddm.given(y, w).predict_noise(x, t), model.given(y, w).predict_noise(x, t))
+    alone = CDM(lambda x: model.net(x, torch.ones(len(x)).long()), truth.schedule)
+    for method in ("ddim", "dpm"):
+        assert_close(model.given(torch.ones(8).long()).sample(None, 10, method, xT=x),
+                     alone.sample(None, 10, method, xT=x))
+    x0 = truth.sample(10)
+    losses = []
+    for loss in (lambda: model.loss(x0, torch.ones(10).long()), lambda: alone.loss(x0)):
+        torch.manual_seed(0)
+        losses.append(loss())
+    assert_close(*losses)
+
+
 def test_samplers_keep_no_graph():
     model = small_model()
     assert not model.sample((4, 2), 5).requires_grad
@@ -505,6 +561,7 @@ BAD = {
     "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
     "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
     "denoise pure noise": lambda m, x: m.denoise(x, 11),
+    "label count": lambda m, x: m.given(torch.zeros(3)).log_prob(x),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
     "method": lambda m, x: m.sample((4, 2), method="euler"),
     "no steps": lambda m, x: m.sample((4, 2), steps=0),
@@ -663,7 +720,7 @@ def test_the_digit_denoiser_starts_as_the_digit_classifier_and_costs_as_much():
     for width in (32, 48, 64):
         flops = []
         denoiser = mnist.DigitDenoiser(images, told.schedule, width)
-        for net, args in ((mnist.UNet(width), ()), (denoiser.unet, (torch.rand(4),))):
+        for net, args in ((mnist.UNet(width), ()), (denoiser.unet, (torch.rand(4, 32),))):
             with FlopCounterMode(display=False) as counter:
                 net(x, *args)
             flops.append(counter.get_total_flops())
@@ -690,6 +747,15 @@ def test_a_network_that_picks_levels_gives_what_all_levels_give():
     plain = CDM(lambda x: model.net(x), model.schedule)                # a callable that cannot pick
     assert_close(model.predict_noise(x, t), plain.predict_noise(x, t))
     assert_close(model.log_prob(x, t), plain.log_prob(x, t))
+    x0, losses = 0.5 * torch.randn(14, 1, 8, 8).double(), []
+    for loss in (model.loss, plain.loss, lambda *_, w_ce: mnist.naive_loss(model, x0, w_ce)):
+        torch.manual_seed(0)
+        model.zero_grad()
+        value = loss(x0, w_ce=0.3)
+        getattr(value, "total", value).backward()
+        losses.append([getattr(value, "total", value), *(p.grad for p in model.parameters())])
+    assert_close(losses[0], losses[1])
+    assert_close(losses[0], losses[2], rtol=1e-4, atol=1e-4)           # its schedule is float32
     finer = mnist.DigitClassifier(torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
                                   log_snr_schedule(23), 16).double()
     finer.load_state_dict(model.net.state_dict())             # every other level is one of the 12
@@ -714,6 +780,22 @@ def test_the_features_are_those_of_the_trained_classifier():
     assert (net(x0).argmax(1) == labels).float().mean() > 0.8
 
 
+def test_a_tenth_of_the_labels_is_dropped_and_no_label_is_the_label_any():
+    y = mnist.drop_labels(torch.arange(10).repeat(2000))
+    dropped = (y == mnist.ANY).view(2000, 10).float().mean(0)
+    assert_close(dropped, torch.full((10,), 0.1), atol=0.03, rtol=0)
+    assert ((y == mnist.ANY) | (y == torch.arange(10).repeat(2000))).all()
+    x, t, images = torch.randn(2, 1, 8, 8), torch.tensor([3, 9]), digit_model()[1]
+    for family in ("cdm", "ddm"):
+        model = mnist.build(dict(model=family, conditional=True, schedule="log-snr", T=12,
+                                 width=16), images)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn_like(p)
+        free = model.predict_noise(x, t)
+        assert_close(model.given(torch.full((2,), mnist.ANY)).predict_noise(x, t), free)
+        assert not torch.allclose(model.given(torch.tensor([3, 5])).predict_noise(x, t), free)
+
+
 def test_a_ddm_trains_and_stands_beside_a_cdm(monkeypatch, tmp_path, capsys):
     run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
     said = capsys.readouterr().out
@@ -724,6 +806,28 @@ def test_a_ddm_trains_and_stands_beside_a_cdm(monkeypatch, tmp_path, capsys):
     assert re.search(r"\| CDM +\| dpm", said) and re.search(r"\| DDM +\| ddpm", said)
     for name in ("beside.png", "ranked.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_a_labelled_run_classifies_digits_by_their_likelihood(monkeypatch, tmp_path, capsys):
+    run_digits(monkeypatch, tmp_path, "--conditional", "--steps", "300", "--batch", "64", "--width",
+               "16", "--measure", "100", "--split", "validation")
+    said = capsys.readouterr().out
+    accuracy = re.search(r"one forward pass +\| +100 \| +10 \| +([\d.]+) %", said)
+    assert float(accuracy[1]) > 80
+    assert (tmp_path / "classes.png").stat().st_size > 2000
+
+
+def test_the_benchmark_prints_its_tables(monkeypatch, tmp_path, capsys):
+    run_digits(monkeypatch, tmp_path, "--steps", "2")
+    monkeypatch.setattr(mnist, "cost", lambda work, device: (work(), (2.0, 1.0))[1])
+    run_digits(monkeypatch, tmp_path, "--benchmark", "--no-compile", "--weights",
+               str(tmp_path / "weights.pt"))
+    said = capsys.readouterr().out
+    for what in ("written naively", "DDM's, ddpm, 12 steps", "ODE,", "ELBO,", "images/s"):
+        assert what in said
+    cdm_call, ddm_call, cdm_step, ddm_step = map(int, re.search(
+        r"(\d+) and (\d+) to denoise, (\d+) and (\d+) to train", said).groups())
+    assert cdm_call <= ddm_call * 2 and cdm_step > 2 * cdm_call - 1
 
 
 def test_the_committed_weights_know_digits():

@@ -179,7 +179,7 @@ def classifier(w_ce, w_mse, t=0):
     """One classifier of all levels (Yair, Michaeli 2022 with CE alone; CDM with both losses)."""
     def method(make, schedule):
         model = CDM(make(len(schedule.alpha)), schedule)
-        return Method(model, lambda x0: model.loss(x0, w_ce, w_mse).total,
+        return Method(model, lambda x0: model.loss(x0, w_ce=w_ce, w_mse=w_mse).total,
                       lambda x: model.log_prob(x, t), 1)
     return method
 
