@@ -252,8 +252,8 @@ class CDM(Diffusion):
         return logits
 
     def _log_ratio(self, x, t, y=None, every=False):
-        """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats (B,), by Bayes' rule, t being uniform.
-        Beside it the logits it was read off: l(x) if every, else maybe fewer."""
+        """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats (B,): Bayes' rule, t being uniform.
+        Beside it the logits: l(x) if `every` level is asked for, else those at hand."""
         pair = torch.stack([t, torch.full_like(t, self.T + 1)], 1)                        # (B, 2)
         if getattr(self.net, "picks_levels", False):
             picked = self._net(x, pair, *[True] * every, y=y)
@@ -263,6 +263,11 @@ class CDM(Diffusion):
             logits = self.logits(x, y)
             two = logits.gather(1, pair)
         return two[:, 0] - two[:, 1], logits
+
+    def log_prob(self, x, t=0):
+        """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
+        log_ratio, _ = self._log_ratio(x, self._levels(t, x))
+        return log_ratio + log_normal(x)                                       # p_{T+1} = N(0, I)
 
     def _ratio_and_noise(self, xt, t, y=None, every=False):
         """Theorem 3.1, the one place where the classifier is differentiated: log-ratio, eps_hat and
@@ -279,10 +284,6 @@ class CDM(Diffusion):
     def predict_noise(self, xt, t):
         """Theorem 3.1: eps_hat = sigma_t (xt - grad_x [l_t(xt) - l_{T+1}(xt)])."""
         return self._ratio_and_noise(xt, self._levels(t, xt))[1]
-
-    def log_prob(self, x, t=0):
-        """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
-        return self._log_ratio(x, self._levels(t, x))[0] + log_normal(x)       # p_{T+1} = N(0, I)
 
     def loss(self, x0, y=None, w_ce=1.0, w_mse=1.0):
         """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at stratified levels t = 0 .. T+1.

@@ -809,11 +809,11 @@ def test_a_ddm_trains_and_stands_beside_a_cdm(monkeypatch, tmp_path, capsys):
 
 
 def test_a_labelled_run_classifies_digits_by_their_likelihood(monkeypatch, tmp_path, capsys):
-    run_digits(monkeypatch, tmp_path, "--conditional", "--steps", "300", "--batch", "64", "--width",
-               "16", "--measure", "100", "--split", "validation")
+    run_digits(monkeypatch, tmp_path, "--conditional", "--steps", "250", "--batch", "64", "--width",
+               "16", "--measure", "60", "--split", "validation")
     said = capsys.readouterr().out
-    accuracy = re.search(r"one forward pass +\| +100 \| +10 \| +([\d.]+) %", said)
-    assert float(accuracy[1]) > 80
+    accuracy = re.search(r"one pass at level 1, 1 draws +\| +60 \| +10 \| +([\d.]+) %", said)
+    assert float(accuracy[1]) > 70
     assert (tmp_path / "classes.png").stat().st_size > 2000
 
 
@@ -943,3 +943,44 @@ def test_a_download_tries_each_mirror_and_leaves_nothing_half_done(tmp_path):
     assert os.listdir(tmp_path / "data") == ["f.gz"]
     server.shutdown()
     assert mnist.read_or_download(tmp_path / "data", "f", md5, [down]).sum() == 276    # from disk
+
+
+# ----------------------------------------------------------------------------------------- README
+
+README = (Path(__file__).parent / "README.md").read_text()
+
+
+def test_every_file_that_the_readme_names_is_there():
+    names = set(re.findall(r"\]\(([^)#]+)\)", README))
+    names |= {n for n in re.findall(r"[\w./-]+\.(?:py|png|pt|txt)\b", README)
+              if not n.startswith("runs/")}
+    assert len(names) > 10
+    for name in names - {n for n in names if n.startswith("http")}:
+        assert (Path(__file__).parent / name).exists(), name
+
+
+@pytest.mark.parametrize("script", ["toy_2d", "mnist"])
+def test_every_flag_of_a_command_in_the_readme_is_explained(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "-h"])
+    with pytest.raises(SystemExit):
+        {"toy_2d": toy_2d, "mnist": mnist}[script].main()
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    commands = re.findall(rf"python {script}\.py([^`#|]*)", README.replace("python", "`python"))
+    used = {flag for command in commands for flag in re.findall(r"--[a-zA-Z][\w-]*", command)}
+    assert len(used) >= 2 and used <= known, used - known
+
+
+def test_the_code_in_the_readme_is_the_code_of_cdm_and_gives_what_is_written_there(capsys):
+    source = (Path(__file__).parent / "cdm.py").read_text()
+    code = lambda line: re.sub(r"\s{2,}#.*", "", line.strip())
+    lines = {code(line) for line in source.splitlines()}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 4
+    for block in blocks:
+        if "import torch" in block:
+            exec(block, {})
+            said, told = capsys.readouterr().out.splitlines(), re.findall(r"# (tensor.*)", block)
+            assert len(said) == 2
+            assert all(text.startswith(found) for text, found in zip(told, said))
+        else:
+            assert all(code(line) in lines for line in block.splitlines())
