@@ -860,8 +860,8 @@ def main():
     add("--benchmark", action="store_true", help="measure what a CDM costs, beside a DDM")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--measure", type=int, help="how many images to measure on (10000, quick 500)")
-    add("--audit", type=int, help="how many to audit by ODE and log Z (200, quick, weights 20)")
-    add("--samples", type=int, help="samples for the Fréchet distance (10000; quick, weights 0)")
+    add("--audit", type=int, help="how many to audit by ODE and log Z (200; on a CPU 20)")
+    add("--samples", type=int, help="samples for the Fréchet distance (10000; on a CPU 0)")
     add("--beside", type=Path, help="checkpoint of a DDM to compare with")
     add("--steps", type=int, help="training steps (20000, quick 400)")
     add("--batch", type=int, help="images per step (256, quick 64)")
@@ -878,12 +878,14 @@ def main():
     args = p.parse_args()
     full = 20000, 256, 64, 64, 1e-3, 10000, 200, 10000
     quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
-    full = (*full[:-2], 20, 0) if args.weights else full                       # minutes on a CPU
+    device = pick_device(args.device)
+    if args.weights or device.type == "cpu":
+        full = *full[:-2], 20, 0                                  # audits of minutes, not of an hour
     names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
     asked_T = args.T
     if args.benchmark:
         args.weights = args.weights or Path(__file__).parent / "assets/mnist_cdm.pt"
-        args.batch = args.batch or (256 if args.device == "cuda" else 64)
+        args.batch = args.batch or (256 if device.type == "cuda" else 64)
     for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -903,7 +905,6 @@ def main():
         p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
     if args.width < 8 or args.width % 8:
         p.error("--width must be a multiple of 8")
-    device = pick_device(args.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     train_set, validation, test = load_data(args.dataset, args.data)
