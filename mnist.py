@@ -3,12 +3,13 @@
     python mnist.py --quick                             minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt       what is in the box, measured
     python mnist.py --device cuda                       the full run
+    python mnist.py --benchmark                         what it costs, beside a DDM
     python mnist.py --dataset digits                    8x8 digits of scikit-learn, no download
 
-Read it for the network, the same for a CDM and a DDM (--model ddm), and for how bits/dim of 8-bit
-images are measured and doubted. Results go to runs/mnist: model.pt (checkpoint; the one before
-becomes model.old.pt), weights.pt (small), log.csv, pictures. The method itself is in cdm.py. Not
-here: distributed training, data augmentation.
+Read it for the network, the same for a CDM and a DDM (--model ddm), with class labels or without
+(--conditional), and for how bits/dim of 8-bit images are measured and doubted. Results go to
+runs/mnist: model.pt (checkpoint; the one before becomes model.old.pt), weights.pt (small), log.csv,
+pictures. The method itself is in cdm.py. Not here: distributed training, data augmentation.
 """
 
 import argparse
@@ -844,7 +845,8 @@ def benchmark(model, images, args, device):
             print(f"| {steps:10d} | {ms / len(k):12.1f} |", flush=True)
 
 
-def main():
+def arguments():
+    """The command line, with the defaults that --quick, --weights and the device give."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--model", choices=("cdm", "ddm"), default="cdm", help="ddm: told the level, to compare")
@@ -878,14 +880,14 @@ def main():
     args = p.parse_args()
     full = 20000, 256, 64, 64, 1e-3, 10000, 200, 10000
     quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
-    device = pick_device(args.device)
-    if args.weights or device.type == "cpu":
-        full = *full[:-2], 20, 0                                  # audits of minutes, not of an hour
+    args.device = pick_device(args.device)
+    if args.weights or args.device.type == "cpu":
+        full = *full[:-2], 20, 0                                   # audits of minutes, not an hour
     names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
-    asked_T = args.T
+    args.asked_T = args.T
     if args.benchmark:
         args.weights = args.weights or Path(__file__).parent / "assets/mnist_cdm.pt"
-        args.batch = args.batch or (256 if device.type == "cuda" else 64)
+        args.batch = args.batch or (256 if args.device.type == "cuda" else 64)
     for name, value in zip(names, quick if args.quick else full):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -905,15 +907,21 @@ def main():
         p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
     if args.width < 8 or args.width % 8:
         p.error("--width must be a multiple of 8")
+    return args
+
+
+def main():
+    args = arguments()
+    device = args.device
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     train_set, validation, test = load_data(args.dataset, args.data)
     images = train_set[0]
     print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels")
-    other = args.beside and load_model(args.beside, args.dataset, images, device, asked_T)
+    other = args.beside and load_model(args.beside, args.dataset, images, device, args.asked_T)
     if args.weights:
-        model = load_model(args.weights, args.dataset, images, device, asked_T)
+        model = load_model(args.weights, args.dataset, images, device, args.asked_T)
     else:
         names = "model conditional schedule dataset T width steps batch lr w_ce w_mse seed".split()
         config = {name: getattr(args, name) for name in names}
@@ -922,6 +930,8 @@ def main():
         raise SystemExit(f"--beside {args.beside}: one CDM and one DDM can be compared")
     if other and other.T != model.T:
         raise SystemExit(f"--beside has {other.T} levels, not {model.T}; --T can give both as many")
+    if args.benchmark and isinstance(model, DDM):
+        raise SystemExit(f"--benchmark wants a CDM, {args.weights} is a DDM")
     if args.benchmark:
         return benchmark(model, images, args, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # exact now
