@@ -134,7 +134,11 @@ class Diffusion(nn.Module):
         Its net takes labels as net(.., y=y), and to be called without them means "any class", which
         training teaches by dropping some. guidance w (Ho, Salimans 2022) overstates what the labels
         change: out(y) + w (out(y) - out()), for out the logits of a CDM or a DDM's eps_hat. -1: as
-        without labels; 0: p(x given y); above 0: samples more typical of y, but no density."""
+        without labels; 0: p(x given y); above 0: samples more typical of y, but no density. Costs
+        two calls of the net unless w is 0. log_prob given a label that x does not have: only to be
+        trusted with noise enough for such x to be likely. ValueError if y is not long (B,)."""
+        if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.dim() != 1:
+            raise ValueError(f"labels y must be a long tensor (B,), got {y!r}")
         model = copy.copy(self)                                     # shares weights, not y
         model.y, model.guidance = y, guidance
         return model
@@ -237,9 +241,9 @@ class CDM(Diffusion):
     other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU).
 
     A density ratio needs two logits of each row, not T+2. A net with an attribute picks_levels =
-    True saves the rest: called as net(x, levels), levels (B, n), it gives (B, n). In training,
-    net(x, levels, every=True) gives these and, with x held fixed, all (B, T+2): cross-entropy does
-    not differentiate in x, and second derivatives of T+2 logits would double the time of a step."""
+    True saves the rest: called as net(x, levels, every), levels (B, n), it gives logits (B, n). In
+    training, every is True and it gives these and, with x held fixed, all (B, T+2): cross-entropy
+    does not differentiate in x, and second derivatives of T+2 logits would double a step's time."""
 
     def logits(self, x, y=None):
         """l(x): (B, ...) -> (B, T+2). ValueError if the network's output has another shape."""
@@ -256,7 +260,7 @@ class CDM(Diffusion):
         Beside it the logits: l(x) if `every` level is asked for, else those at hand."""
         pair = torch.stack([t, torch.full_like(t, self.T + 1)], 1)                        # (B, 2)
         if getattr(self.net, "picks_levels", False):
-            picked = self._net(x, pair, *[True] * every, y=y)
+            picked = self._net(x, pair, every, y=y)
             two, logits = picked if every else (picked, picked)
             self._checked(two, len(x), 2)
         else:
@@ -295,6 +299,8 @@ class CDM(Diffusion):
         t, eps = stratified_levels(len(x0), 0, self.T + 1, x0.device), torch.randn_like(x0)
         alpha, sigma = self._scales(t, x0)
         xt = alpha * x0 + sigma * eps
+        if self.guidance:
+            raise ValueError("a model must be trained without guidance")
         if w_mse:
             _, eps_hat, logits = self._ratio_and_noise(xt, t, y, every=True)
             mse = F.mse_loss(eps_hat, eps)

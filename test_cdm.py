@@ -520,11 +520,14 @@ def test_guidance_0_is_the_labelled_model_and_minus_1_the_one_without_labels():
         assert_close(model.given(torch.ones(8).long()).sample(None, 10, method, xT=x),
                      alone.sample(None, 10, method, xT=x))
     x0 = truth.sample(10)
-    losses = []
-    for loss in (lambda: model.loss(x0, torch.ones(10).long()), lambda: alone.loss(x0)):
-        torch.manual_seed(0)
-        losses.append(loss())
-    assert_close(*losses)
+    told_alone = DDM(lambda x, t: alone.predict_noise(x, t), truth.schedule)
+    for labelled_model, fixed in ((model, alone), (ddm, told_alone)):
+        losses = []
+        for loss in (lambda: labelled_model.loss(x0, torch.ones(10).long()),
+                     lambda: fixed.loss(x0)):
+            torch.manual_seed(0)
+            losses.append(loss().total)
+        assert_close(*losses)
 
 
 def test_samplers_keep_no_graph():
@@ -561,7 +564,9 @@ BAD = {
     "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
     "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
     "denoise pure noise": lambda m, x: m.denoise(x, 11),
-    "label count": lambda m, x: m.given(torch.zeros(3)).log_prob(x),
+    "label count": lambda m, x: m.given(torch.zeros(3).long()).log_prob(x),
+    "label as int": lambda m, x: m.given(7),
+    "guided training": lambda m, x: m.given(torch.zeros(4).long(), 1.0).loss(x),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
     "method": lambda m, x: m.sample((4, 2), method="euler"),
     "no steps": lambda m, x: m.sample((4, 2), steps=0),
@@ -785,7 +790,9 @@ def test_a_tenth_of_the_labels_is_dropped_and_no_label_is_the_label_any():
     dropped = (y == mnist.ANY).view(2000, 10).float().mean(0)
     assert_close(dropped, torch.full((10,), 0.1), atol=0.03, rtol=0)
     assert ((y == mnist.ANY) | (y == torch.arange(10).repeat(2000))).all()
-    x, t, images = torch.randn(2, 1, 8, 8), torch.tensor([3, 9]), digit_model()[1]
+    x, t, (plain, images) = torch.randn(2, 1, 8, 8), torch.tensor([3, 9]), digit_model()
+    with pytest.raises(ValueError, match="without labels"):
+        plain.given(torch.tensor([3, 5])).log_prob(x)
     for family in ("cdm", "ddm"):
         model = mnist.build(dict(model=family, conditional=True, schedule="log-snr", T=12,
                                  width=16), images)
