@@ -982,7 +982,7 @@ def test_the_code_in_the_readme_is_the_code_of_cdm_and_gives_what_is_written_the
     code = lambda line: re.sub(r"\s{2,}#.*", "", line.strip())
     lines = {code(line) for line in source.splitlines()}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         if "import torch" in block:
             exec(block, {})
