@@ -169,6 +169,15 @@ class Diffusion(nn.Module):
         tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
         return [v.to(x)[t].reshape(-1, *[1] * (x.dim() - 1)) for v in tables]
 
+    def _noised(self, x0, low, high):
+        """What a training step shows: levels t (B,) from low .. high, eps, and xt. ValueError for a
+        model with guidance, whose output is no density to be taught."""
+        if self.guidance:
+            raise ValueError("a model must be trained without guidance")
+        t, eps = stratified_levels(len(x0), low, high, x0.device), torch.randn_like(x0)
+        alpha, sigma = self._scales(t, x0)
+        return t, eps, alpha * x0 + sigma * eps
+
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
         alpha, sigma = self._scales(self._levels(t, x0), x0)
@@ -228,9 +237,8 @@ class DDM(Diffusion):
 
     def loss(self, x0, y=None):
         """The DDPM loss: mean squared error of eps_hat at stratified levels 1 .. T; labels y."""
-        t, eps = stratified_levels(len(x0), 1, self.T, x0.device), torch.randn_like(x0)
-        alpha, sigma = self._scales(t, x0)
-        mse = F.mse_loss(self._net(alpha * x0 + sigma * eps, t, y=y), eps)
+        t, eps, xt = self._noised(x0, 1, self.T)
+        mse = F.mse_loss(self._net(xt, t, y=y), eps)
         return Loss(mse, torch.full_like(mse, math.nan), mse.detach())
 
 
@@ -296,11 +304,7 @@ class CDM(Diffusion):
         CE alone has no signal where levels are told apart with certainty, so gradients drift there.
         MSE teaches the gradients, but leaves each level's constant free. Together they fix both.
         w_ce = 1 is right in 2-D; from 64 dimensions on the MSE must lead (w_ce about 0.001)."""
-        t, eps = stratified_levels(len(x0), 0, self.T + 1, x0.device), torch.randn_like(x0)
-        alpha, sigma = self._scales(t, x0)
-        xt = alpha * x0 + sigma * eps
-        if self.guidance:
-            raise ValueError("a model must be trained without guidance")
+        t, eps, xt = self._noised(x0, 0, self.T + 1)
         if w_mse:
             _, eps_hat, logits = self._ratio_and_noise(xt, t, y, every=True)
             mse = F.mse_loss(eps_hat, eps)

@@ -217,7 +217,8 @@ def log_pixel(x, mixture, alpha, sigma, lattice=True):
     N(m, v) on it, noised, is N(alpha m, alpha^2 v + sigma^2) times a ripple: the sum over the
     lattice of the clean value's posterior given x, N((alpha v x + sigma^2 m) / noised, s^2), s^2 =
     v sigma^2 / noised. Poisson's formula makes it 1 + 2 sum_n (-1)^n exp(-2 (pi n s / STEP)^2)
-    cos(2 pi n mean / STEP); three terms do from level 1 on. Only the first `few` levels need it."""
+    cos(2 pi n mean / STEP); three terms do from level 1 on. lattice = False leaves the ripple out,
+    for levels whose noise hides the lattice."""
     weight, means, variances = mixture
     parts = [(1 / sigma, weight[:, 0] - 0.5 * ((x + 255 / 256 * alpha) / sigma) ** 2)]      # black
     for i in (0, 1):                                                                # white, grey
@@ -272,17 +273,17 @@ class DigitClassifier(nn.Module):
         mixture, whole = self.mixture(h), self.level(h.mean((2, 3)))                     # (B, 16)
 
         def every_level(x):                                                             # (B, L)
-            fine, coarse = ((self.alpha[some], self.sigma[some], lattice) for some, lattice in
-                            ((slice(self.few), True), (slice(self.few, None), False)))
-            logits = [log_pixel(x, mixture, *some).sum(1) for some in (fine, coarse)]
-            return torch.cat(logits, 1) + whole @ self.waves
+            n = self.few
+            fine = log_pixel(x, mixture, self.alpha[:n], self.sigma[:n]).sum(1)
+            coarse = log_pixel(x, mixture, self.alpha[n:], self.sigma[n:], lattice=False).sum(1)
+            return torch.cat([fine, coarse], 1) + whole @ self.waves
 
         x = x.flatten(1)[..., None]                                                     # (B, d, 1)
         if levels is None:
             return every_level(x)
         alpha, sigma = (v[levels][:, None] for v in (self.alpha, self.sigma))           # (B, 1, n)
-        waves = (whole[:, :, None] * self.waves.T[levels].mT).sum(1)
-        picked = log_pixel(x, mixture, alpha, sigma).sum(1) + waves                     # (B, n)
+        correction = (whole[:, :, None] * self.waves.T[levels].mT).sum(1)
+        picked = log_pixel(x, mixture, alpha, sigma).sum(1) + correction                # (B, n)
         return (picked, every_level(x.detach())) if every else picked
 
 
@@ -350,7 +351,8 @@ def load(path, device):
         content["config"]["T"], content["config"]["dataset"], content["ema"]
         return content
     except Exception as error:
-        problem = (str(error) or "no more is known").splitlines()[0].split("(1)")[0]
+        problem = (str(error) or "no more is known").splitlines()[0]
+        problem = problem.split("(1)")[0]                # torch goes on to advise an unsafe load
         raise SystemExit(f"{path} is no usable checkpoint ({type(error).__name__}: {problem})")
 
 
@@ -695,15 +697,14 @@ def classify(model, images, labels):
             return sum(given.log_prob(xt, t) for xt in noised)
         return log_p
 
-    one_pass = {(f"one pass at level {t}, {n} draws", n): at(t, n)
-                for t, n in ((1, 1), (best, 1), (best, 4))} if isinstance(model, CDM) else {}
-    bounds = {(f"error of eps_hat, level {noisier}", 1): error}
-    bounds |= {(f"ELBO, {n} draws", n): lambda given, x0, n=n: elbo(given, x0, n)
-              for n in (4, 32)}
+    ways = [(f"one pass at level {t}, {n} draws", n, at(t, n))
+            for t, n in ((1, 1), (best, 1), (best, 4)) if isinstance(model, CDM)]
+    ways.append((f"error of eps_hat, level {noisier}", 1, error))
+    ways += [(f"ELBO, {n} draws", n, lambda given, x0, n=n: elbo(given, x0, n)) for n in (4, 32)]
     print(f"\n| class by the {type(model).__name__}'s p(x given y) | images | calls | accuracy "
           "| ms per image |\n"
           "| ----------------------------- | ------ | ----- | -------- | ------------ |")
-    for (name, draws), log_p in (one_pass | bounds).items():
+    for name, draws, log_p in ways:
 
         def most_likely(k):
             found = []

@@ -567,6 +567,7 @@ BAD = {
     "label count": lambda m, x: m.given(torch.zeros(3).long()).log_prob(x),
     "label as int": lambda m, x: m.given(7),
     "guided training": lambda m, x: m.given(torch.zeros(4).long(), 1.0).loss(x),
+    "guided DDM": lambda m, x: DDM(m.net, m.schedule).given(torch.ones(4).long(), 1.0).loss(x),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
     "method": lambda m, x: m.sample((4, 2), method="euler"),
     "no steps": lambda m, x: m.sample((4, 2), steps=0),
@@ -972,7 +973,7 @@ def test_every_flag_of_a_command_in_the_readme_is_explained(script, monkeypatch,
     with pytest.raises(SystemExit):
         {"toy_2d": toy_2d, "mnist": mnist}[script].main()
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    commands = re.findall(rf"python {script}\.py([^`#|]*)", README.replace("python", "`python"))
+    commands = re.findall(rf"python {script}\.py([^`#|\n]*)", README)
     used = {flag for command in commands for flag in re.findall(r"--[a-zA-Z][\w-]*", command)}
     assert len(used) >= 2 and used <= known, used - known
 

@@ -218,7 +218,7 @@ def ddm(make, schedule):
 
 # MSE teaches nothing at level 0 and the ODE ends at level 1: their log p_1 stands in for log p_0
 # (sigma_1 = 0.0067 is little beside the densities' 0.1)
-# in the plane the cross-entropy leads (see CDM.loss); the MSE alone teaches nothing at level 0
+# in the plane the cross-entropy leads (see CDM.loss)
 METHODS = {"NCE": nce, "TRE": tre, "CE": classifier(1.0, 0.0), "MSE": classifier(0.0, 1.0, t=1),
            "time-score": time_score, "CDM": classifier(1.0, 0.3), "DDM-ODE": ddm}
 
