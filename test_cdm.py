@@ -549,6 +549,9 @@ def test_the_two_families_share_samplers_and_audits():
     x0 = truth.sample(5000)
     ends = 1 / 50                              # the CDM also meets t = 0, where eps_hat = 0 costs 1
     assert_close(told.loss(x0).total, exact.loss(x0).mse * 52 / 50 - ends, atol=0.02, rtol=0)
+    shown = []
+    DDM(lambda xt, t: shown.append(t) or xt, schedule).loss(x0)
+    assert shown[0].min() == 1 and shown[0].max() == 50
 
 
 BAD = {
