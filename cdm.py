@@ -12,13 +12,12 @@ its logits l_t(x) hold a diffusion model and an exact likelihood:
     theorem 3.1   E[eps | x_t = x]  = sigma_t ( x - grad_x [l_t(x) - l_{T+1}(x)] )    one backward
 
 Both are Bayes' rule: the logits give p_t / p_{T+1}, and p_{T+1} = N(0, I) is known. Names follow
-the paper: x0, xt, eps, eps_hat (estimate of eps), x0_hat. Shapes: B rows, L = T + 2 levels, and
+the paper: x0, xt, eps, eps_hat (estimate of eps), x0_hat. Shapes: B rows, n levels asked for, and
 `...` for the axes of one sample, d numbers in all. Likelihoods are in nats unless said otherwise.
 
 Not here: networks, data and training loops (toy_2d.py, mnist.py), learned variances.
 """
 
-import copy
 import math
 from typing import NamedTuple
 
@@ -106,77 +105,23 @@ class Diffusion(nn.Module):
 
     Wherever a level t is asked for, it is an int or a long tensor (B,); else ValueError."""
 
-    y, guidance = None, 0.0                                                # see given(): no labels
+    y, guidance = None, 0.0                                          # class labels: see given()
 
     def __init__(self, net, schedule):
         super().__init__()
-        alpha, sigma = schedule
-        if alpha.dim() != 1 or alpha.shape != sigma.shape or len(alpha) < 4:
-            raise ValueError("a schedule must be two 1-D tensors of one length T+2, T >= 2, "
-                             f"got shapes {tuple(alpha.shape)} and {tuple(sigma.shape)}")
-        log_snr = 2 * (alpha.double().log() - sigma.double().log())
-        ends = (alpha[0], sigma[0], alpha[-1], sigma[-1])
-        if ends != (1, 0, 0, 1) or not (log_snr.diff() < 0).all():
-            raise ValueError("a schedule must fall in log-SNR from alpha, sigma = 1, 0 to 0, 1")
-        self.net = net
-        self.T = len(alpha) - 2
-        self.schedule = Schedule(alpha.double().cpu(), sigma.double().cpu())
+        alpha, sigma = (v.double().cpu() for v in schedule)
+        if not (alpha.dim() == 1 and alpha.shape == sigma.shape and len(alpha) >= 4
+                and (alpha[0], sigma[0], alpha[-1], sigma[-1]) == (1, 0, 0, 1)
+                and ((alpha / sigma).diff() < 0).all()):
+            raise ValueError("a schedule must be two tensors (T+2,), T >= 2, that fall in log-SNR "
+                             f"from alpha, sigma = 1, 0 to 0, 1; got {schedule}")
+        self.net, self.T, self.schedule = net, len(alpha) - 2, Schedule(alpha, sigma)
         self.register_buffer("alpha", alpha.float(), persistent=False)    # follow .to(device); MPS
         self.register_buffer("sigma", sigma.float(), persistent=False)    # has no float64
 
     def predict_noise(self, xt, t):
         """eps_hat = E[eps | x_t = xt]: (B, ...) -> (B, ...)."""
         raise NotImplementedError
-
-    def given(self, y, guidance=0.0):
-        """The same model of p(x given y), for the class labels y, long (B,), of the B rows to come.
-
-        Its net takes labels as net(.., y=y), and to be called without them means "any class", which
-        training teaches by dropping some. guidance w (Ho, Salimans 2022) overstates what the labels
-        change: out(y) + w (out(y) - out()), for out the logits of a CDM or a DDM's eps_hat. -1: as
-        without labels; 0: p(x given y); above 0: samples more typical of y, but no density. Costs
-        two calls of the net unless w is 0. log_prob given a label that x does not have: only to be
-        trusted with noise enough for such x to be likely. ValueError if y is not long (B,)."""
-        if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.dim() != 1:
-            raise ValueError(f"labels y must be a long tensor (B,), got {y!r}")
-        model = copy.copy(self)                                     # shares weights, not y
-        model.y, model.guidance = y, guidance
-        return model
-
-    def _net(self, *inputs, y=None):
-        """The network's output, for the labels if any. ValueError if their number is off."""
-        y = self.y if y is None else y
-        if y is None:
-            return self.net(*inputs)
-        if len(y) != len(inputs[0]):
-            raise ValueError(f"y must have a label for each of {len(inputs[0])} rows, got {len(y)}")
-        out = self.net(*inputs, y=y)
-        return out + self.guidance * (out - self.net(*inputs)) if self.guidance else out
-
-    def _levels(self, t, x, low=0, high=None):
-        """t as a long tensor (B,), after checking that it lies in low .. high (default T+1)."""
-        high = self.T + 1 if high is None else high
-        if isinstance(t, int) and low <= t <= high:
-            return torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        if isinstance(t, torch.Tensor) and t.dtype == torch.long and t.shape == x.shape[:1]:
-            if torch.compiler.is_compiling() or not ((t < low) | (t > high)).any():
-                return t
-        raise ValueError(f"level t must be an int or a long tensor ({len(x)},) with values "
-                         f"{low} .. {high}, got {t!r}")
-
-    def _scales(self, t, x):
-        """alpha_t and sigma_t of each row, shaped (B, 1, ..) to multiply x."""
-        tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
-        return [v.to(x)[t].reshape(-1, *[1] * (x.dim() - 1)) for v in tables]
-
-    def _noised(self, x0, low, high):
-        """What a training step shows: levels t (B,) from low .. high, eps, and xt. ValueError for a
-        model with guidance, whose output is no density to be taught."""
-        if self.guidance:
-            raise ValueError("a model must be trained without guidance")
-        t, eps = stratified_levels(len(x0), low, high, x0.device), torch.randn_like(x0)
-        alpha, sigma = self._scales(t, x0)
-        return t, eps, alpha * x0 + sigma * eps
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -185,11 +130,31 @@ class Diffusion(nn.Module):
 
     def denoise(self, xt, t):
         """x0_hat = E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t; t in 0 .. T."""
-        t = self._levels(t, xt, high=self.T)                   # at T+1 no signal is left: alpha = 0
+        t = self._levels(t, xt, self.T)                        # at T+1 no signal is left: alpha = 0
         alpha, sigma = self._scales(t, xt)
         return (xt - sigma * self.predict_noise(xt, t)) / alpha
 
-    # -------------------------------------------------------------------------------- samplers
+    def _levels(self, t, x, highest=None):
+        """t as a long tensor (B,), after checking that it lies in 0 .. highest (default T+1)."""
+        highest = self.T + 1 if highest is None else highest
+        if isinstance(t, int) and 0 <= t <= highest:
+            return torch.full((len(x),), t, device=x.device, dtype=torch.long)
+        if (isinstance(t, torch.Tensor) and t.dtype == torch.long and t.shape == x.shape[:1]
+                and not ((t < 0) | (t > highest)).any()):
+            return t
+        raise ValueError(f"level t must be an int or a long tensor ({len(x)},) with values "
+                         f"0 .. {highest}, got {t!r}")
+
+    def _scales(self, t, x):
+        """alpha_t and sigma_t of each row, shaped (B, 1, ..) to multiply x."""
+        tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
+        return [v.to(x)[t].reshape(-1, *[1] * (x.dim() - 1)) for v in tables]
+
+    def loss(self, x0, window=None, **weights):
+        """The training loss of clean data x0 (B, ...) at random levels. Its halves stand alone so
+        that the second can be compiled to the same numbers: only `draw` is random."""
+        drawn = self.draw(x0) if window is None else self.draw(x0, window)
+        return self.loss_at(*drawn, **weights)
 
     @torch.no_grad()
     def sample(self, shape, steps=50, method="ddim", xT=None):
@@ -225,6 +190,37 @@ class Diffusion(nn.Module):
                     x = x + math.sqrt(variance) * torch.randn_like(x)
         return x
 
+    def given(self, y, guidance=0.0):
+        """The same model of p(x given y), for the class labels y, long (B,), of the B rows to come.
+
+        The net is called as net(.., y=y); without y it means "any class". guidance w (Ho, Salimans
+        2022) overstates what labels change in a CDM's log-ratios or a DDM's eps_hat: out(y) +
+        w (out(y) - out()). 0 is p(x given y); above 0: more typical of y, but no density.
+        ValueError if y is not long (B,)."""
+        if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.dim() != 1:
+            raise ValueError(f"labels y must be a long tensor (B,), got {y!r}")
+        model = object.__new__(type(self))                   # shares everything but y and guidance
+        model.__dict__.update(self.__dict__, y=y, guidance=guidance)
+        return model
+
+    def _net(self, *inputs):
+        """The network's output, for the labels if any. ValueError if their number is off."""
+        if self.y is None:
+            return self.net(*inputs)
+        if len(self.y) != len(inputs[0]):
+            raise ValueError(f"labels y must be {len(inputs[0])}, one a row, got {len(self.y)}")
+        out = self.net(*inputs, y=self.y)
+        return out + self.guidance * (out - self.net(*inputs)) if self.guidance else out
+
+    def _errors(self, eps_hat, eps, t, w_mse):
+        """The mean squared error, and the same weighted by w_mse: a number, or one a level (T+2,).
+        ValueError for a model with guidance, whose output is no density to be taught."""
+        if self.guidance:
+            raise ValueError("a model must be trained without guidance")
+        error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
+        weight = w_mse[t] if isinstance(w_mse, torch.Tensor) else w_mse
+        return error.mean().detach(), (weight * error).mean()
+
 
 # --------------------------------------------------------------- the two families, side by side
 
@@ -235,102 +231,102 @@ class DDM(Diffusion):
     def predict_noise(self, xt, t):
         return self._net(xt, self._levels(t, xt))
 
-    def loss(self, x0, y=None):
-        """The DDPM loss: mean squared error of eps_hat at stratified levels 1 .. T; labels y."""
-        t, eps, xt = self._noised(x0, 1, self.T)
-        mse = F.mse_loss(self._net(xt, t, y=y), eps)
-        return Loss(mse, torch.full_like(mse, math.nan), mse.detach())
+    def draw(self, x0):
+        """xt, eps and levels t (B,) of one training step, t stratified over 1 .. T."""
+        t, eps = stratified_levels(len(x0), 1, self.T, x0.device), torch.randn_like(x0)
+        alpha, sigma = self._scales(t, x0)
+        return alpha * x0 + sigma * eps, eps, t
+
+    def loss_at(self, xt, eps, t, w_mse=1.0):
+        """The DDPM loss, MSE(eps_hat, eps), weighted as in CDM.loss_at."""
+        mse, total = self._errors(self._net(xt, t), eps, t, w_mse)
+        return Loss(total, torch.full_like(mse, math.nan), mse)
 
 
 class CDM(Diffusion):
-    """A classification diffusion model: net(x) -> logits (B, T+2). To guess t is the net's task.
+    """A classification diffusion model: to guess the level is the net's task.
 
-    net: a module or any callable, so an exact classifier can stand in. Rows must not influence each
-    other (no BatchNorm), and the second derivative must not vanish (SiLU, not ReLU).
+    net, any callable, so that an exact classifier can stand in, is of one of two kinds:
+        net(x) -> logits (B, T+2) of all levels at once, as in the paper;
+        net(x, levels) -> log p_t(x) / p_{T+1}(x) at the levels t that it is asked for, (B, n) ->
+        (B, n). It has an attribute takes_levels = True. A logit that knows which question it
+        answers does not know the answer: nobody labels x, so this is as much a classifier.
+    Rows must not influence each other (no BatchNorm), and the second derivative must not vanish
+    (SiLU, not ReLU)."""
 
-    A density ratio needs two logits of each row, not T+2. A net with an attribute picks_levels =
-    True saves the rest: called as net(x, levels, every), levels (B, n), it gives logits (B, n). In
-    training, every is True and it gives these and, with x held fixed, all (B, T+2): cross-entropy
-    does not differentiate in x, and second derivatives of T+2 logits would double a step's time."""
+    def log_ratio(self, x, levels):
+        """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats, at levels t: (B, n) -> (B, n).
 
-    def logits(self, x, y=None):
-        """l(x): (B, ...) -> (B, T+2). ValueError if the network's output has another shape."""
-        return self._checked(self._net(x, y=y), len(x), self.T + 2)
-
-    def _checked(self, logits, *shape):
-        if logits.shape != shape:
-            raise ValueError(f"net must give logits of shape {shape}, T+2 levels unless it picks, "
-                             f"got {tuple(logits.shape)}")
-        return logits
-
-    def _log_ratio(self, x, t, y=None, every=False):
-        """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats (B,): Bayes' rule, t being uniform.
-        Beside it the logits: l(x) if `every` level is asked for, else those at hand."""
-        pair = torch.stack([t, torch.full_like(t, self.T + 1)], 1)                        # (B, 2)
-        if getattr(self.net, "picks_levels", False):
-            picked = self._net(x, pair, every, y=y)
-            two, logits = picked if every else (picked, picked)
-            self._checked(two, len(x), 2)
-        else:
-            logits = self.logits(x, y)
-            two = logits.gather(1, pair)
-        return two[:, 0] - two[:, 1], logits
+        Bayes' rule, t being uniform. The one place that knows which kind the network is of.
+        ValueError if its output has another shape."""
+        asked = getattr(self.net, "takes_levels", False)
+        out = self._net(x, levels) if asked else self._net(x)
+        shape = levels.shape if asked else (len(x), self.T + 2)
+        if out.shape != shape:
+            raise ValueError(f"net must give logits of shape {tuple(shape)}, got {tuple(out.shape)}")
+        return out if asked else out.gather(1, levels) - out[:, -1:]
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x), nats (B,), from one forward pass. t = 0 is the data density."""
-        log_ratio, _ = self._log_ratio(x, self._levels(t, x))
+        log_ratio = self.log_ratio(x, self._levels(t, x)[:, None])[:, 0]
         return log_ratio + log_normal(x)                                       # p_{T+1} = N(0, I)
 
-    def _ratio_and_noise(self, xt, t, y=None, every=False):
-        """Theorem 3.1, the one place where the classifier is differentiated: log-ratio, eps_hat and
-        logits. With E[eps | x_t] = -sigma_t grad log p_t (Tweedie), p_t = ratio times N(0, I).
+    def ratio_and_noise(self, xt, levels, which):
+        """Theorem 3.1, the one place where the classifier is differentiated: the log-ratios at
+        levels (B, n), and eps_hat at one of them, the one with the index `which` (B,).
 
-        vjp rather than autograd.grad: it can be compiled, it stays differentiable in the weights
-        (training), and under no_grad it keeps no graph of them (sampling)."""
-        log_ratio, pull, logits = torch.func.vjp(lambda x: self._log_ratio(x, t, y, every), xt,
-                                                 has_aux=True)                              # (B,)
-        (grad,) = pull(torch.ones_like(log_ratio))    # (B, ...) one pass: rows are independent
-        _, sigma = self._scales(t, xt)                                                # (B, 1, ..)
-        return log_ratio, sigma * (xt - grad), logits                                     # (B, ...)
+        E[eps | x_t] = -sigma_t grad log p_t (Tweedie), p_t = ratio times N(0, I), and the gradient
+        of log N(x; 0, I) is -x. vjp rather than autograd.grad: it can be compiled, it stays
+        differentiable in the weights (training), and under no_grad it keeps no graph of them."""
+        log_ratio, pull = torch.func.vjp(lambda x: self.log_ratio(x, levels), xt)         # (B, n)
+        one = F.one_hot(which, levels.shape[1]).to(log_ratio)
+        (grad,) = pull(one)                  # (B, ...) in one backward pass: rows are independent
+        _, sigma = self._scales(levels.gather(1, which[:, None])[:, 0], xt)              # (B, 1, ..)
+        return log_ratio, sigma * (xt - grad)
 
     def predict_noise(self, xt, t):
         """Theorem 3.1: eps_hat = sigma_t (xt - grad_x [l_t(xt) - l_{T+1}(xt)])."""
-        return self._ratio_and_noise(xt, self._levels(t, xt))[1]
+        t = self._levels(t, xt)
+        return self.ratio_and_noise(xt, t[:, None], torch.zeros_like(t))[1]
 
-    def loss(self, x0, y=None, w_ce=1.0, w_mse=1.0):
-        """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at stratified levels t = 0 .. T+1.
+    def draw(self, x0, window=None):
+        """xt, eps, levels (B, K) and which of them (B,) a row of xt has: one training step's.
 
-        x0 (B, ...), and where the net takes class labels y (B,), some of them dropped.
+        The true levels are stratified over 0 .. T+1. `levels` are all T+2 or, with window = K, K
+        neighbours that hold the true one at a random place; some may lie outside of 0 .. T+1.
+        Given such a window, the posterior over it is the softmax of its logits alone (McFadden
+        1978), so the step costs the same whatever T. ValueError for K not in 2 .. T+2."""
+        K = self.T + 2 if window is None else window
+        if not isinstance(K, int) or not 2 <= K <= self.T + 2:
+            raise ValueError(f"window must be an int in 2 .. T+2 = {self.T + 2}, got {window!r}")
+        t, eps = stratified_levels(len(x0), 0, self.T + 1, x0.device), torch.randn_like(x0)
+        which = t if window is None else torch.randint(0, K, t.shape, device=t.device)
+        levels = (t - which)[:, None] + torch.arange(K, device=t.device)                  # (B, K)
+        alpha, sigma = self._scales(t, x0)
+        return alpha * x0 + sigma * eps, eps, levels, which
+
+    def loss_at(self, xt, eps, levels, which, w_ce=1.0, w_mse=1.0):
+        """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at what `draw` gave.
+
         CE alone has no signal where levels are told apart with certainty, so gradients drift there.
-        MSE teaches the gradients, but leaves each level's constant free. Together they fix both.
-        w_ce = 1 is right in 2-D; from 64 dimensions on the MSE must lead (w_ce about 0.001)."""
-        t, eps, xt = self._noised(x0, 0, self.T + 1)
-        if w_mse:
-            _, eps_hat, logits = self._ratio_and_noise(xt, t, y, every=True)
-            mse = F.mse_loss(eps_hat, eps)
+        MSE teaches the gradients, but leaves each level's constant free, and teaches nothing at
+        t = 0 and T+1, where no weight moves eps_hat. Together they fix all. w_ce = 1 is right in
+        2-D; from 64 dimensions on the MSE must lead. w_mse: a number, or one a level (T+2,)."""
+        inside = (levels >= 0) & (levels <= self.T + 1)
+        levels = levels.clamp(0, self.T + 1)
+        if isinstance(w_mse, torch.Tensor) or w_mse:
+            log_ratio, eps_hat = self.ratio_and_noise(xt, levels, which)
+            t = levels.gather(1, which[:, None])[:, 0]
+            mse, total = self._errors(eps_hat, eps, t, w_mse)
         else:                                                  # CE only: no gradient in x is needed
-            logits, mse = self.logits(xt, y), torch.full((), math.nan).to(xt)
-        ce = F.cross_entropy(logits, t)
-        total = w_ce * ce + w_mse * mse if w_mse else w_ce * ce
-        return Loss(total, ce.detach(), mse.detach())
+            log_ratio, mse, total = self.log_ratio(xt, levels), torch.full((), math.nan).to(xt), 0
+        ce = F.cross_entropy(log_ratio.masked_fill(~inside, -math.inf), which)
+        return Loss(total + w_ce * ce, ce.detach(), mse)
 
 
 # ------------------------------------------------------- audits: can the likelihood be believed?
 #
-# The densities that a classifier short of the optimum states need not integrate to 1. Check them.
-
-
-@torch.no_grad()
-def rung_log_z(model, x0):
-    """log E_{x ~ p_{t+1}} [exp(l_t(x) - l_{t+1}(x))] of a CDM, t = 0 .. T: (T+1,), zeros if exact.
-
-    Each rung of the ladder from noise to data is a density ratio p_t / p_{t+1}, and so must average
-    to 1; where it does not, the classifier's constants are off. x0 (B, ...) is held-out data."""
-    rungs = []
-    for t in range(model.T + 1):
-        logits = model.logits(model.add_noise(x0, t + 1, torch.randn_like(x0)))
-        rungs.append(torch.logsumexp(logits[:, t] - logits[:, t + 1], 0) - math.log(len(x0)))
-    return torch.stack(rungs)
+# The density that a classifier short of the optimum states need not integrate to 1. Check it.
 
 
 @torch.no_grad()
@@ -338,19 +334,19 @@ def elbo(model, x0, draws=4):
     """Lower bound on E[log p_1(x_1) given x_0], nats (B,), from `draws` random levels per row.
 
     -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
-    q(x_1|x_0) (Kingma et al. 2021), the integral over levels 1 .. T by the trapezoid rule. It uses
-    the denoiser alone: loose by its error, and blind to the constants that rung_log_z checks. The
-    rule errs, to either side, where levels are over 1 apart in log-SNR. ValueError if draws < 1."""
+    q(x_1|x_0) (Kingma et al. 2021), the integral over levels 1 .. T by the trapezoid rule; it errs
+    where levels are over 1 apart in log-SNR. A row's levels are stratified: draws = T takes each
+    once. It uses the denoiser alone: loose by its error, and blind to the constants. ValueError if
+    draws < 1."""
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, got {draws!r}")
     alpha, sigma = (v[1:-1].to(x0.dtype) for v in model.schedule)                         # (T,)
     log_snr, d = 2 * (alpha / sigma).log(), x0[0].numel()
-    left, right = log_snr[:1], log_snr[-1:]
-    width = (torch.cat([left, log_snr[:-1]]) - torch.cat([log_snr[1:], right])) / 2
+    width = (torch.cat([log_snr[:1], log_snr[:-1]]) - torch.cat([log_snr[1:], log_snr[-1:]])) / 2
     weight, integral = (width / 2).to(x0), 0
-    for _ in range(draws):
-        t = stratified_levels(len(x0), 1, model.T, x0.device)
-        t = t[torch.randperm(len(t), device=t.device)]
+    start = (torch.randperm(len(x0)) + torch.rand(len(x0))).to(x0.device) / len(x0)   # in 0 .. 1
+    for i in range(draws):
+        t = 1 + ((i + start) / draws * model.T).long().clamp(max=model.T - 1)
         eps = torch.randn_like(x0)
         error = eps - model.predict_noise(model.add_noise(x0, t, eps), t)
         integral = integral + model.T / draws * weight[t - 1] * error.square().flatten(1).sum(1)
@@ -361,92 +357,90 @@ def elbo(model, x0, draws=4):
 
 
 @torch.no_grad()
-def ode_log_prob(model, x, t=1, steps=None, probes=0):
+def ode_log_prob(model, x, t=1, probes=0):
     """log p_t(x), nats (B,), by the probability-flow ODE from level t (1 .. T-1) to level T.
 
     In y = x/alpha and tau = sigma/alpha the flow is dy/dtau = eps_hat, and log p changes by its
-    divergence (Song et al. 2021). Heun's method on `steps` intervals between levels (default: all),
-    two predict_noise calls each. probes = 0: exact trace, d backward passes per call; probes = n:
-    Hutchinson's unbiased estimate from n random sign vectors. ValueError for other t or steps."""
-    if not isinstance(t, int) or not 1 <= t < model.T:
-        raise ValueError(f"t must be an int level in 1 .. T-1 = {model.T - 1}, got {t!r}")
-    steps = model.T - t if steps is None else steps
-    if not isinstance(steps, int) or not 1 <= steps <= model.T - t:
-        raise ValueError(f"steps must be an int in 1 .. T - t = {model.T - t}, got {steps!r}")
-    if probes < 0:
-        raise ValueError(f"probes must be 0 (exact trace) or more, got {probes!r}")
+    divergence (Song et al. 2021). Heun's method from level to level, two predict_noise calls each.
+    probes = 0: exact trace, d backward passes a call; probes = n: Hutchinson's unbiased estimate
+    from n random sign vectors. ValueError for other t or probes."""
+    if not isinstance(t, int) or not 1 <= t < model.T or probes < 0:
+        raise ValueError(f"t must be an int in 1 .. T-1 = {model.T - 1}, probes 0 or more, "
+                         f"got {t!r}, {probes!r}")
     alpha, sigma, d = model.schedule.alpha.tolist(), model.schedule.sigma.tolist(), x[0].numel()
     if probes:
         vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
     else:
         vectors = torch.eye(d).to(x).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
 
-    def flow(y, level):
+    def flow(y, t):
         """dy/dtau, and its divergence as dlogp/dlog(tau)."""
-        eps_hat, pull = torch.func.vjp(lambda x: model.predict_noise(x, level), alpha[level] * y)
+        eps_hat, pull = torch.func.vjp(lambda x: model.predict_noise(x, t), alpha[t] * y)
         trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors) / max(probes, 1)
-        return eps_hat, sigma[level] * trace
+        return eps_hat, sigma[t] * trace
 
-    levels = [t + i * (model.T - t) // steps for i in range(steps + 1)]
     y, gained = x / alpha[t], 0
-    for a, b in zip(levels, levels[1:]):
-        tau_a, tau_b = sigma[a] / alpha[a], sigma[b] / alpha[b]
-        slope_a, trace_a = flow(y, a)
-        slope_b, trace_b = flow(y + (tau_b - tau_a) * slope_a, b)
-        y = y + (tau_b - tau_a) * (slope_a + slope_b) / 2
-        gained = gained + math.log(tau_b / tau_a) * (trace_a + trace_b) / 2
+    for s in range(t, model.T):
+        tau, tau_next = sigma[s] / alpha[s], sigma[s + 1] / alpha[s + 1]
+        slope, trace = flow(y, s)
+        slope_next, trace_next = flow(y + (tau_next - tau) * slope, s + 1)
+        y = y + (tau_next - tau) * (slope + slope_next) / 2
+        gained = gained + math.log(tau_next / tau) * (trace + trace_next) / 2
     return log_normal(alpha[model.T] * y) + d * math.log(alpha[model.T] / alpha[t]) + gained
 
 
 @torch.no_grad()
-def annealed_log_z(model, x, forward=True, moves=1):
-    """Log-weights w, nats (B,), whose averages bracket log Z_1 = log int p_1(x) dx of a CDM, which
-    is 0 if p_1 is normalised: annealed importance sampling (Neal 2001) through all levels.
+def annealed_log_z(model, x1):
+    """log Z_1 = log int p_1(x) dx of a CDM, 0 if its p_1 is normalised, as four floats in nats:
+    value, standard error, and a bracket of it from below and from above.
 
-    forward: x (B, ...), drawn from N(0, I), goes down to level 1. E[exp w] = Z_1: E[w] <= log Z_1.
-    Else x, data at level 1, goes up. As far as data follow p_1, E[exp -w] = 1/Z_1: E[w] >= log Z_1.
-    Between levels x takes DDPM's step, down, or the noising's, up: if it stood still there, the
-    many directions that are mere noise would cost thousands of levels. At each level: `moves` MALA
-    moves under p_t. ValueError if moves < 0 or the model is no CDM."""
-    if moves < 0 or not hasattr(model, "log_prob"):
-        raise ValueError(f"annealing takes a CDM and moves >= 0, got {type(model)}, {moves!r}")
+    Annealed importance sampling (Neal 2001) both ways between N(0, I) and x1 (n, ...), data at
+    level 1: n chains take the model's DDPM steps down, n chains are noised up from x1, and their
+    log-weights w gather how much likelier a path is the other way. Down, E[exp w] = Z, so that mean
+    w lies below log Z; up, as far as data follow p_1, E[exp -w] = 1/Z, and above. More levels bring
+    them together. Bennett's acceptance ratio (1976) joins both with least variance. Where hardly
+    any chains overlap, half of the bracket is its error. ValueError: no CDM, or n < 2."""
+    if not hasattr(model, "log_prob") or len(x1) < 2:
+        raise ValueError(f"log Z needs a CDM and two samples or more, got {type(model)}, {len(x1)}")
     alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
 
-    def at(x, t):                                                        # log p_t and its gradient
-        log_ratio, eps_hat, _ = model._ratio_and_noise(x, model._levels(t, x))
-        return log_ratio + log_normal(x), -eps_hat / sigma[t]
+    def at(x, t):
+        """log p_t(x) and its gradient."""
+        t = model._levels(t, x)
+        ratio, eps_hat = model.ratio_and_noise(x, t[:, None], torch.zeros_like(t))
+        return ratio[:, 0] + log_normal(x), -eps_hat / model._scales(t, x)[1]
 
-    def log_step(z, std):                                                     # log N(z; 0, std^2)
-        return log_normal(z / std) - z[0].numel() * math.log(std)
+    def log_weights(x, down):
+        levels = range(model.T, 0, -1) if down else range(1, model.T + 1)
+        log_p, grad = at(x, levels[0])
+        w = log_p - log_normal(x) if down else 0
+        for t, s in zip(levels, levels[1:]):
+            low, high = sorted((t, s))
+            carry = alpha[high] / alpha[low]
+            fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)   # std of x_high | x_low
+            back = fresh * sigma[low] / sigma[high]                   # std of DDPM's x_low | x_high
+            ddpm = lambda x, grad: (x + fresh ** 2 * grad) / carry                      # its mean
+            noise = torch.randn_like(x)
+            new = ddpm(x, grad) + back * noise if down else carry * x + fresh * noise
+            new_log_p, new_grad = at(new, s)
+            xh, xl, grad_h = (x, new, grad) if down else (new, x, new_grad)
+            up, gain = (xh - carry * xl) / fresh, log_p - new_log_p if not down else new_log_p - log_p
+            w = w + gain + log_normal(up) - log_normal((xl - ddpm(xh, grad_h)) / back)
+            w = w - x[0].numel() * math.log(fresh / back)
+            x, log_p, grad = new, new_log_p, new_grad
+        return (w if down else w + log_p - log_normal(x)).double()
 
-    levels = range(model.T, 0, -1) if forward else range(1, model.T + 1)
-    log_p, grad = at(x, levels[0])
-    w = log_p - log_normal(x) if forward else torch.zeros_like(log_p)
-    for t, following in zip(levels, [*levels[1:], None]):
-        for _ in range(moves):             # a Langevin step, accepted so that it keeps p_t as it is
-            step, noise = 0.5 * sigma[t], torch.randn_like(x)
-            new = x + step ** 2 / 2 * grad + step * noise
-            new_log_p, new_grad = at(new, t)
-            back = (x - new - step ** 2 / 2 * new_grad) / step
-            gain = new_log_p - log_p + log_normal(back) - log_normal(noise)
-            accept = torch.rand_like(gain).log() < gain
-            rows = accept.view(-1, *[1] * (x.dim() - 1))
-            x, grad = torch.where(rows, new, x), torch.where(rows, new_grad, grad)
-            log_p = torch.where(accept, new_log_p, log_p)
-        if following is None:
-            return w if forward else w + log_p - log_normal(x)
-        low, high = sorted((t, following))
-        carry = alpha[high] / alpha[low]
-        fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)  # std of x_high given x_low
-        std = fresh * sigma[low] / sigma[high]                      # of DDPM's x_low given x_high
-        mean, std_new = ((x + fresh ** 2 * grad) / carry, std) if forward else (carry * x, fresh)
-        new = mean + std_new * torch.randn_like(x)
-        new_log_p, new_grad = at(new, following)
-        here, there = (x, log_p, grad), (new, new_log_p, new_grad)
-        (xh, log_ph, gradh), (xl, log_pl, _) = (here, there) if forward else (there, here)
-        w = w + log_pl + log_step(xh - carry * xl, fresh)
-        w = w - log_ph - log_step(xl - (xh + fresh ** 2 * gradh) / carry, std)
-        x, log_p, grad = there
+    down, up = log_weights(torch.randn_like(x1), True), log_weights(x1, False)
+    low, high = torch.cat([down, up]).aminmax()
+    for _ in range(60):                         # bisect to where as many are accepted of each kind
+        value = (low + high) / 2
+        accept = torch.stack([torch.sigmoid(down - value), torch.sigmoid(value - up)])      # (2, n)
+        low, high = (value, high) if accept[0].sum() > accept[1].sum() else (low, value)
+    chains = accept.sum(1).square() / accept.square().sum(1)        # that count of them, at most n
+    error = (1 / chains - 1 / len(x1)).sum().sqrt()
+    below, above = down.mean(), up.mean()
+    error = error if chains.min() > 3 else (above - below).abs() / 2
+    return value.item(), error.item(), below.item(), above.item()
 
 
 @torch.no_grad()
@@ -456,11 +450,11 @@ def bits_per_dim(model, images, by="one_pass", **options):
     Pixels on a lattice have no density, so the bound goes through level 1, a slightly noisy x_1:
         -log P(k) <= E[ log q(x_1|k) - log p_1(x_1) - log P(k|x_1) ]
     with P(k|x_1) a softmax over the 256 grey values, pixel by pixel. It is tight when sigma_1 is at
-    most a sixth of a grey step (log-SNR 13). Grey value k stands at x_0 = (2k+1)/256 - 1.
+    most an eighth of a grey step (log-SNR 14). Grey value k stands at x_0 = (2k+1)/256 - 1.
     by: where log p_1 comes from, "one_pass" (theorem 3.2; CDM only), "elbo" or "ode" (`options` go
     to that function). ValueError for anything else, or images that are not uint8."""
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images must be uint8 with values 0 .. 255, got {images.dtype}")
+    if images.dtype != torch.uint8 or not len(images):
+        raise ValueError(f"images must be uint8, 0 .. 255, one or more; got {images.dtype}")
     if by not in ("elbo", "ode") and not (by == "one_pass" and hasattr(model, "log_prob")):
         raise ValueError(f"by must be 'one_pass' (CDM only), 'elbo' or 'ode', got {by!r}")
     alpha, sigma = float(model.schedule.alpha[1]), float(model.schedule.sigma[1])

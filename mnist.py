@@ -1,20 +1,19 @@
 """CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
 
-    python mnist.py --quick                             minutes on two CPU cores
-    python mnist.py --weights assets/mnist_cdm.pt       what is in the box, measured
+    python mnist.py --quick                             three minutes on two CPU cores
+    python mnist.py --weights assets/mnist_cdm.pt --beside assets/mnist_ddm.pt
+                                                        what is in the box, measured
     python mnist.py --device cuda                       the full run
-    python mnist.py --benchmark                         what it costs, beside a DDM
-    python mnist.py --dataset digits                    8x8 digits of scikit-learn, no download
+    python mnist.py --dataset digits --quick            8x8 digits of scikit-learn, no download
 
-Read it for the network, the same for a CDM and a DDM (--model ddm), with class labels or without
-(--conditional), and for how bits/dim of 8-bit images are measured and doubted. Results go to
-runs/mnist: model.pt (checkpoint; the one before becomes model.old.pt), weights.pt (small), log.csv,
-pictures. The method itself is in cdm.py. Not here: distributed training, data augmentation.
+Read it for a classifier that can be asked about one level at a time, for a DDM of the same parts
+(--model ddm), and for how bits/dim of 8-bit images are measured and certified. Results go to
+runs/: model.pt (checkpoint), weights.pt (small), log.csv, pictures. The method itself is in cdm.py.
+Not here: distributed training, data augmentation.
 """
 
 import argparse
 import copy
-import ctypes
 import gzip
 import hashlib
 import math
@@ -30,12 +29,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
-from sklearn.metrics import roc_auc_score
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, ddpm_schedule, elbo, log_snr_schedule,
-                 ot_schedule, stratified_levels, uniform_schedule)
+from cdm import CDM, DDM, annealed_log_z, bits_per_dim, log_snr_schedule
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
@@ -52,10 +48,8 @@ FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",  # MD5 o
 
 def parse_idx(data, name, md5):
     """The array in the bytes of an IDX file. ValueError if they are not what they should be."""
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{name} is no IDX file of bytes: it starts with {data[:4].hex()}")
     digest = hashlib.md5(data).hexdigest()
-    if digest != md5:
+    if data[:3] != b"\0\0\x08" or digest != md5:
         raise ValueError(f"{name} is damaged: {len(data)} bytes with MD5 {digest}, not {md5}")
     axes = data[3]                                            # big-endian sizes, then the bytes
     shape = np.frombuffer(data, ">i4", axes, 4)
@@ -116,203 +110,192 @@ def to_x0(images):
 
 # ---------------------------------------------------------------------------------------- network
 
+CLASSES = 10                                                # the label CLASSES itself: "any class"
+STEP = 2 / 256                                              # between two 8-bit grey values
+CLEANEST, NOISIEST = 14.0, -8.0                             # log-SNR at levels 1 and T
+
 
 class Block(nn.Module):
-    """Two convolutions and a skip around them. GroupNorm, so that rows stay independent; SiLU,
-    which is curved everywhere, for the loss differentiates the network's gradient."""
+    """Two convolutions and a skip around them, (B, C, H, W) -> the same; before them, if there are
+    `places` = H W, every place hears from every other: a matrix for each quarter of the channels.
 
-    def __init__(self, inputs, outputs, told):
+    It may be told something, (B, 32): a class, and in a DDM the level. GroupNorm, so that rows stay
+    independent; SiLU, which is curved everywhere, for training differentiates the gradient."""
+
+    def __init__(self, channels, places=0):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(4, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(4, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        self.level = nn.Linear(32, outputs) if told else None
+        self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.norm0 = nn.GroupNorm(4, channels) if places else None
+        self.mix = nn.Parameter(torch.zeros(4, places, places)) if places else None
+        self.told = nn.Linear(32, channels)
         nn.init.zeros_(self.conv2.weight)
 
-    def forward(self, x, waves=None):
-        h = self.conv1(F.silu(self.norm1(x)))
-        if self.level:
-            h = h + self.level(waves)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, told):
+        if self.mix is not None:
+            parts = F.silu(self.norm0(x)).flatten(2).unflatten(1, (4, -1))       # (B, 4, C/4, H W)
+            x = x + (parts @ self.mix).view_as(x)
+        h = self.conv1(F.silu(self.norm1(x))) + self.told(told)[:, :, None, None]
+        return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class UNet(nn.Module):
-    """(B, 1, H, W) -> features (B, width, H/2, W/2); H and W are multiples of 4. told (B, 32):
-    what it may know of the level (a classifier of levels may not) or the class."""
+class Trunk(nn.Module):
+    """A small U-Net, images (B, 1, H, W) and what it is told (B, 32) -> features (B, width, H/2,
+    W/2). Half of the resolution sees strokes, a quarter of it the whole digit. H and W are
+    multiples of 4."""
 
-    def __init__(self, width, told=False):
+    def __init__(self, shape, width):
         super().__init__()
+        places = shape[-2] // 4 * (shape[-1] // 4)
         self.stem = nn.Conv2d(4, width, 3, padding=1)              # 2x2 pixels become 4 channels
-        self.fine1 = Block(width, width, told)
+        self.fine = Block(width)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.coarse1, self.coarse2 = (Block(2 * width, 2 * width, told) for _ in range(2))
+        self.coarse = nn.ModuleList(Block(2 * width, places) for _ in range(2))
         self.up = nn.Conv2d(2 * width, width, 1)
-        self.fine2 = Block(2 * width, width, told)
-        self.norm = nn.GroupNorm(4, width)
+        self.norm = nn.GroupNorm(4, 2 * width)
+        self.join = nn.Conv2d(2 * width, width, 3, padding=1)
 
-    def forward(self, x, told=None):
-        h = self.fine1(self.stem(F.pixel_unshuffle(x, 2)), told)
-        coarse = self.coarse2(self.coarse1(self.down(h), told), told)
-        up = F.interpolate(self.up(coarse), scale_factor=2.0)
-        return F.silu(self.norm(self.fine2(torch.cat([h, up], 1), told)))
-
-
-ANY = 10                                                          # the label of unlabelled rows
-
-
-class Labels(nn.Embedding):
-    """Class labels (B,) of the rows of x -> (B, 32). No labels: ANY, any class."""
-
-    def __init__(self):
-        super().__init__(ANY + 1, 32)
-
-    def forward(self, x, y=None):
-        unknown = torch.full((len(x),), ANY, device=x.device)
-        return super().forward(unknown if y is None else y)
+    def forward(self, x, told):
+        fine = self.fine(self.stem(F.pixel_unshuffle(x, 2)), told)
+        coarse = self.down(fine)
+        for block in self.coarse:
+            coarse = block(coarse, told)
+        both = torch.cat([fine, F.interpolate(self.up(coarse), scale_factor=2.0)], 1)
+        return self.join(F.silu(self.norm(both)))
 
 
-def told_label(net, x, y):
-    """What a network is told of the labels: (B, 32), or None if it was made without."""
-    if y is not None and net.label is None:
-        raise ValueError("this network must be used without labels: it was trained so")
-    return net.label(x, y) if net.label else None
+def log_comb(x, alpha, sigma):
+    """What a lattice of grey values makes of a smooth density, at level t, as log of a factor:
+    sum_k N(x; alpha c_k, sigma^2) alpha STEP over grey values c_k = STEP (k + 1/2).
+
+    It has no weights and is 0 where the noise hides the lattice; three neighbours a side do."""
+    hidden = sigma > 0.6 * alpha * STEP
+    alpha, sigma = torch.where(hidden, 1.0, alpha), torch.where(hidden, STEP, sigma)
+    neighbours = STEP * (torch.arange(-3, 4, device=x.device)[:, None] + 0.5)
+    z = (torch.remainder(x / alpha, STEP) - neighbours) * (alpha / sigma)               # (B, 7, d)
+    tooth = torch.logsumexp(-z * z / 2, 1, keepdim=True) - math.log(2 * math.pi) / 2
+    return torch.where(hidden, 0.0, tooth + (alpha * STEP / sigma).log())
 
 
-def drop_labels(y, rate=0.1):
-    """Labels (B,), some turned into ANY: so one network learns p(x) beside p(x given y)."""
-    return torch.where(torch.rand(y.shape, device=y.device) < rate, ANY, y)
+class Shades(nn.Module):
+    """Features -> log p_t(x) / N(x; 0, I) of pixels x (B, d) that are independent given features.
 
+    A clean pixel is one of five shades that MNIST is full of, or from one of three Gaussians on the
+    lattice of grey values. Noise turns a shade c into N(alpha c, sigma^2), and a Gaussian N(m, v)
+    into N(alpha m, alpha^2 v + sigma^2) times the comb. As long as the features say nothing, a
+    pixel's weights are its own: how often it has which shade in the training images."""
 
-STEP = 2 / 256                                                    # between two 8-bit grey values
-
-
-class PixelMixture(nn.Module):
-    """Features (B, width, H/2, W/2) -> what each clean pixel may be: black, near white or grey.
-
-    Gives log-weights (B, 3, d, 1), and means and variances (B, 2, d, 1) of the last two, which are
-    Gaussians. As long as the features are not used, the weights are the pixel's own: how often it
-    is black, white and grey in the training images."""
+    EXACT, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
     def __init__(self, images, width):
         super().__init__()
-        self.read = nn.Conv2d(width, 7 * 4, 3, padding=1)         # 7 numbers for each of 2x2 pixels
+        n, g = len(self.EXACT), self.GAUSSIANS
+        self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)    # numbers of each of 2x2 pixels
         nn.init.zeros_(self.read.weight), nn.init.zeros_(self.read.bias)
-        shades = torch.stack([images == 0, images >= 252, (images > 0) & (images < 252)])
-        count = shades.flatten(2).sum(1)                                                    # (3, d)
-        self.log_weight = nn.Parameter(((count + 1) / (len(images) + 3)).log())
+        count = torch.stack([(images == k).flatten(1).sum(0) for k in self.EXACT])          # (n, d)
+        grey = (len(images) - count.sum(0, keepdim=True)).expand(g, -1) / g
+        share = (torch.cat([count, grey]) + 1) / (len(images) + n + g)
+        self.log_weight = nn.Parameter(share.log())
+        shades = to_x0(torch.tensor(self.EXACT))[:, None]
+        self.register_buffer("shade", shades, persistent=False)
+        self.register_buffer("mean", torch.linspace(-0.6, 0.6, g)[:, None], persistent=False)
 
-    def forward(self, h):
-        numbers = F.pixel_shuffle(self.read(h), 2).flatten(2)[..., None]              # (B, 7, d, 1)
-        weight = (numbers[:, :3] + self.log_weight[..., None]).log_softmax(1)
-        mean = torch.stack([0.98 + 0.03 * numbers[:, 3], numbers[:, 4]], 1)
-        start = torch.tensor([-9.0, -1.5], device=h.device)[:, None, None]
-        return weight, mean, (numbers[:, 5:] + start).exp() + (STEP / 2) ** 2
-
-
-def log_pixel(x, mixture, alpha, sigma, lattice=True):
-    """log p_t of noisy pixels x (B, d, 1) under their mixtures, at the levels that alpha and sigma,
-    (L,) or (B, 1, L), stand for: (B, d, L), without the constant that all share.
-
-    Clean pixels lie on the lattice STEP (j + 1/2), and little noise leaves that visible. A Gaussian
-    N(m, v) on it, noised, is N(alpha m, alpha^2 v + sigma^2) times a ripple: the sum over the
-    lattice of the clean value's posterior given x, N((alpha v x + sigma^2 m) / noised, s^2), s^2 =
-    v sigma^2 / noised. Poisson's formula makes it 1 + 2 sum_n (-1)^n exp(-2 (pi n s / STEP)^2)
-    cos(2 pi n mean / STEP); three terms do from level 1 on. lattice = False leaves the ripple out,
-    for levels whose noise hides the lattice."""
-    weight, means, variances = mixture
-    parts = [(1 / sigma, weight[:, 0] - 0.5 * ((x + 255 / 256 * alpha) / sigma) ** 2)]      # black
-    for i in (0, 1):                                                                # white, grey
-        mean, variance = means[:, i], variances[:, i]
+    def forward(self, features, x, alpha, sigma):
+        alpha, sigma, x = alpha[:, None, None], sigma[:, None, None], x[:, None]        # (B, 1, d)
+        n, g, numbers = len(self.shade), len(self.mean), self.read(features)
+        weight, mean, spread = F.pixel_shuffle(numbers, 2).flatten(2).split([n + g, g, g], 1)
+        variance = (spread - 1.5).exp() + STEP ** 2                                     # (B, g, d)
         noised = alpha ** 2 * variance + sigma ** 2
-        factor = noised.rsqrt()
-        exponent = weight[:, i + 1] - 0.5 * ((x - alpha * mean) * factor) ** 2
-        if lattice:
-            cos = ((alpha * variance * x + sigma ** 2 * mean) / noised * (2 * math.pi / STEP)).cos()
-            fade = (-2 * (math.pi / STEP) ** 2 * variance * sigma ** 2 / noised).exp()
-            ripple = 1 + 2 * (-fade * cos + fade ** 4 * (2 * cos ** 2 - 1)
-                              - fade ** 9 * (4 * cos ** 3 - 3 * cos))
-            factor = factor * ripple.clamp(min=1e-3)
-        parts.append((factor, exponent))
-    with torch.no_grad():                    # logsumexp by hand, no gradient through the shift:
-        top = torch.maximum(torch.maximum(parts[0][1], parts[1][1]), parts[2][1])   # 3 times faster
-    return top + sum(factor * (exponent - top).exp() for factor, exponent in parts).log()
+        exact = -((x - alpha * self.shade) / sigma) ** 2 / 2 - sigma.log()              # (B, n, d)
+        grey = -(x - alpha * (self.mean + mean)) ** 2 / noised / 2 - noised.log() / 2
+        parts = torch.cat([exact, grey + log_comb(x, alpha, sigma)], 1)
+        log_p = torch.logsumexp((weight + self.log_weight).log_softmax(1) + parts, 1, keepdim=True)
+        return (log_p + x * x / 2).sum((1, 2))
 
 
-def place(schedule):
-    """Where a level stands between clean, 0, and noise, 1, whatever their number: (L,)."""
-    log_snr = 2 * (schedule.alpha.clamp(min=1e-9) / schedule.sigma.clamp(min=1e-9)).log()
-    return ((13 - log_snr.float()) / 21).clamp(0, 1)
+class Network(nn.Module):
+    """What the CDM's network and the DDM's have in common: parts, levels and labels. Levels enter
+    by their noise alone, so that a trained network serves any number of them."""
 
-
-class DigitClassifier(nn.Module):
-    """Noisy digits x (B, 1, H, W) -> logits (B, L) over noise levels.
-
-    The U-Net reads the whole image and sets the mixture of every pixel. Were pixels independent,
-    the sum of their log p_t would be the exact logits. So it is at the start, the last layers being
-    zero. A read-out of the pooled features, smooth in log-SNR, corrects each level as a whole.
-    Levels enter by their noise alone, so a trained network serves any number of them. With labels
-    it also takes the class y (B,) of the digits: log p_t(x given y)."""
-
-    def __init__(self, images, schedule, width, labels=False):
+    def __init__(self, images, schedule, width):
         super().__init__()
-        self.unet, self.mixture = UNet(width, labels), PixelMixture(images, width)
-        self.label = Labels() if labels else None
-        self.level = nn.Linear(width, 16)
-        nn.init.zeros_(self.level.weight), nn.init.zeros_(self.level.bias)
+        self.trunk, self.shades = Trunk(images.shape, width), Shades(images, width)
+        self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
+        nn.init.zeros_(self.label.weight)
+        self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
         alpha, sigma = (v.float() for v in schedule)
+        log_snr = 2 * (alpha.clamp(min=1e-9) / sigma.clamp(min=1e-9)).log()
+        place = ((CLEANEST - log_snr) / (CLEANEST - NOISIEST)).clamp(0, 1)              # (T+2,)
+        phase = place[:, None] * torch.arange(1, 17) * (math.pi / 2)
+        self.register_buffer("waves", torch.cat([phase.sin(), phase.cos()], 1), persistent=False)
         self.register_buffer("alpha", alpha, persistent=False)    # level 0: a small width, not none
         self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
-        waves = torch.cos(math.pi * torch.arange(16)[:, None] * place(schedule))        # (16, L)
-        self.register_buffer("waves", waves, persistent=False)
-        self.few = int((sigma < STEP).sum())                 # where the lattice of greys is visible
 
-    picks_levels = True
+    def class_of(self, x, y):
+        """The labels y (B,), or none, as vectors (B, 32). ValueError if there is no such class."""
+        if y is None:
+            y = torch.full((len(x),), CLASSES, device=x.device)
+        elif not self.training and not (0 <= y.min() and y.max() <= CLASSES):
+            raise ValueError(f"labels must be in 0 .. {CLASSES - 1}, or {CLASSES} for any class")
+        return self.label(y)
 
-    def forward(self, x, levels=None, every=False, y=None):
-        h = self.unet(x, told_label(self, x, y))
-        mixture, whole = self.mixture(h), self.level(h.mean((2, 3)))                     # (B, 16)
-
-        def every_level(x):                                                             # (B, L)
-            n = self.few
-            fine = log_pixel(x, mixture, self.alpha[:n], self.sigma[:n]).sum(1)
-            coarse = log_pixel(x, mixture, self.alpha[n:], self.sigma[n:], lattice=False).sum(1)
-            return torch.cat([fine, coarse], 1) + whole @ self.waves
-
-        x = x.flatten(1)[..., None]                                                     # (B, d, 1)
-        if levels is None:
-            return every_level(x)
-        alpha, sigma = (v[levels][:, None] for v in (self.alpha, self.sigma))           # (B, 1, n)
-        correction = (whole[:, :, None] * self.waves.T[levels].mT).sum(1)
-        picked = log_pixel(x, mixture, alpha, sigma).sum(1) + correction                # (B, n)
-        return (picked, every_level(x.detach())) if every else picked
+    def ask(self, features, x, t):
+        """log p_t(x) / N(x; 0, I) of pixels x (B, d) at the level t asked about."""
+        h = self.norm1(features + self.level(self.waves[t])[:, :, None, None])
+        h = self.norm2(features + self.last(F.silu(h)))
+        return self.shades(F.silu(h), x, self.alpha[t], self.sigma[t])
 
 
-class DigitDenoiser(nn.Module):
-    """The DDM's network, of the same parts: x (B, 1, H, W) and level t (B,) -> eps_hat like x.
+class DigitClassifier(Network):
+    """The CDM's: digits x (B, 1, H, W) of unknown levels -> log p_t(x) / p_{T+1}(x), nats, at the
+    levels t it is asked about, (B, n) -> (B, n).
 
-    Told t, it gives each pixel's mixture, and eps_hat = -sigma_t grad log p_t of that mixture, held
-    fixed. Wider by sqrt(2), it costs as much as the classifier's forward and backward pass."""
+    The paper's network computes all T+2 logits at once. This one is asked for those in need: the
+    trunk, which does not know the question, reads x once; the last convolution and the shades are
+    told t. With a constant for each level, smooth in log-SNR, as independent pixels are not all."""
 
-    def __init__(self, images, schedule, width, labels=False):
-        super().__init__()
-        width = 4 * round(math.sqrt(2) * width / 4)
-        self.unet, self.mixture = UNet(width, told=True), PixelMixture(images, width)
-        self.label = Labels() if labels else None
-        for name, value in zip(("alpha", "sigma", "time"), (*schedule, place(schedule))):
-            self.register_buffer(name, value.float(), persistent=False)
+    takes_levels = True
+
+    def __init__(self, images, schedule, width):
+        super().__init__(images, schedule, width)
+        self.constant = nn.Linear(32, 1, bias=False)
+        nn.init.zeros_(self.constant.weight)
+
+    def forward(self, x, levels, y=None):
+        n, t = levels.shape[1], levels.flatten()
+        features = self.trunk(x, self.class_of(x, y)).repeat_interleave(n, 0)
+        ratio = self.ask(features, x.flatten(1).repeat_interleave(n, 0), t)
+        constant = 10 * self.constant(self.waves[t] - self.waves[-1])[:, 0]      # none at level T+1
+        return (ratio + constant).view(levels.shape)
+
+
+class DigitDenoiser(Network):
+    """The DDM's: every block is told the level t (B,) of x -> eps_hat like x, which is
+    -sigma_t grad log p_t of the pixels' shades, held fixed. Wider by sqrt(2), so that it costs as
+    much as the classifier's forward and backward pass."""
+
+    def __init__(self, images, schedule, width):
+        super().__init__(images, schedule, 4 * round(math.sqrt(2) * width / 4))
 
     def forward(self, x, t, y=None):
-        phase = self.time[t][:, None] * torch.arange(1, 17, device=x.device) * (math.pi / 2)
-        told = torch.cat([phase.sin(), phase.cos()], 1)                                # (B, 32)
-        label = told_label(self, x, y)
-        mixture = self.mixture(self.unet(x, told if label is None else told + label))
-        alpha, sigma = (v[t][:, None, None] for v in (self.alpha, self.sigma))
-        log_p, pull = torch.func.vjp(lambda pixels: log_pixel(pixels, mixture, alpha, sigma),
-                                     x.flatten(1)[..., None])
-        return -(sigma * pull(torch.ones_like(log_p))[0]).view_as(x)
+        features, pixels = self.trunk(x, self.waves[t] + self.class_of(x, y)), x.flatten(1)
+        ratio, pull = torch.func.vjp(lambda pixels: self.ask(features, pixels, t), pixels)
+        eps_hat = self.sigma[t][:, None] * (pixels - pull(torch.ones_like(ratio))[0])
+        return eps_hat.view_as(x)
 
 
 # --------------------------------------------------------------------------------------- training
+
+
+def wiener_error(images, schedule):
+    """The MSE of eps_hat of the best linear denoiser at every level, (T+2,), from the covariance of
+    the images: alpha^2 / sigma^2 times the mean over its eigenvalues s of s sigma^2 / (alpha^2 s +
+    sigma^2) (Wiener 1949). Level 0 has that of level 1, T+1 that of T."""
+    s = torch.linalg.eigvalsh(to_x0(images).flatten(1).T.double().cov()).clamp(min=0)
+    alpha, sigma = (v[1:-1, None] for v in schedule)
+    error = (alpha ** 2 * s / (alpha ** 2 * s + sigma ** 2)).mean(1)
+    return torch.cat([error[:1], error, error[-1:]])
 
 
 def pick_device(name):
@@ -325,30 +308,24 @@ def pick_device(name):
     return torch.device(name)
 
 
-SCHEDULES = {"log-snr": log_snr_schedule, "ddpm": ddpm_schedule, "uniform": uniform_schedule,
-             "ot": ot_schedule}
-
-
 def build(config, images):
-    """The model that a configuration stands for; images give the pixels' own shades."""
-    schedule = SCHEDULES[config["schedule"]](config["T"])
+    """The model that a configuration stands for; images give size and the pixels' own shades."""
+    schedule = log_snr_schedule(config["T"], CLEANEST, NOISIEST)
     family, network = {"cdm": (CDM, DigitClassifier), "ddm": (DDM, DigitDenoiser)}[config["model"]]
-    labels = config.get("conditional", False)
-    return family(network(images, schedule, config["width"], labels), schedule)
+    return family(network(images, schedule, config["width"]), schedule)
 
 
 def save(path, **content):
     """Plain tensors and numbers, written beside the old file first: a good one is always there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, f"{path}.part")
     os.replace(f"{path}.part", path)
 
 
-def load(path, device):
-    """The content of a checkpoint. SystemExit if it is missing, truncated or of another kind."""
+def load(path):
+    """The content of a checkpoint. SystemExit if it is missing, damaged or of another kind."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        content["config"]["T"], content["config"]["dataset"], content["ema"]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["ema"].items(), [content["config"][k] for k in ("model", "dataset", "T", "width")]
         return content
     except Exception as error:
         problem = (str(error) or "no more is known").splitlines()[0]
@@ -356,38 +333,56 @@ def load(path, device):
         raise SystemExit(f"{path} is no usable checkpoint ({type(error).__name__}: {problem})")
 
 
-def load_weights(model, weights, path):
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise SystemExit(f"{path} holds a network of another shape: {error}")
-
-
 def load_model(path, dataset, images, device, T=None):
     """The averaged model of a checkpoint, ready to measure, with its own number of levels or T."""
-    kept = load(path, device)
-    kept["config"]["T"] = T or kept["config"]["T"]
-    if kept["config"]["dataset"] != dataset:
-        raise SystemExit(f"{path} was trained on --dataset {kept['config']['dataset']}")
-    model = build(kept["config"], images).to(device).eval()
-    load_weights(model, kept["ema"], path)
-    return model
+    kept = load(path)
+    config = kept["config"] | dict(T=T or kept["config"]["T"])
+    if config["dataset"] != dataset:
+        raise SystemExit(f"{path} was trained on --dataset {config['dataset']}")
+    try:
+        model = build(config, images)
+        model.load_state_dict(kept["ema"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} holds no network that this program can build: {error}")
+    if not all(v.isfinite().all() for v in kept["ema"].values()):
+        raise SystemExit(f"{path} holds weights that are not finite")
+    return model.to(device).eval()
 
 
-def compiled(loss, *example):
-    """The whole loss compiled, gradient of the logits included; eager, and said so, if it fails."""
+def compiled(function, *example):
+    """The function compiled; eager, with the same results, and said so, if that fails."""
     print("compiling the loss (one to two minutes)", flush=True)
     try:
-        fast = torch.compile(loss, fullgraph=True)
+        fast = torch.compile(function, fullgraph=True)
         fast(*example).total.backward()                              # its gradients are thrown away
         return fast
     except Exception as error:
         print(f"compiling failed ({type(error).__name__}); going on without: slower, same results")
-        return loss
+        return function
 
 
 def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+W_CE, WINDOW, DROPPED = 0.02, 2, 0.5                      # DROPPED: share of rows without their label
+
+
+def start(args, config, model, ema, optimiser):
+    """Where training starts, 0 or the step of the checkpoint that --resume names, after making sure
+    that no longer run is lost. Returns the step."""
+    path = args.out / "model.pt"
+    if not args.resume:
+        if path.exists() and load(path).get("step", 0) > args.steps:
+            raise SystemExit(f"{args.out} holds a longer run: --resume it, or name another --out")
+        return 0
+    kept = load(path)
+    if kept["config"] != config or "optimiser" not in kept:
+        raise SystemExit(f"--resume: {path} was made with {kept['config']}, not {config}")
+    model.load_state_dict(kept["model"])
+    ema.load_state_dict(kept["ema"])
+    optimiser.load_state_dict(kept["optimiser"])
+    return kept["step"]
 
 
 def train(args, config, images, labels, device):
@@ -396,28 +391,18 @@ def train(args, config, images, labels, device):
     model = build(config, images).to(device)
     ema = copy.deepcopy(model)
     optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    first = 0
-    if args.resume:
-        kept = load(path, device)
-        if kept["config"] != config:
-            raise SystemExit(f"--resume: {path} was made with {kept['config']}, not {config}")
-        load_weights(model, kept["model"], path)
-        load_weights(ema, kept["ema"], path)
-        optimiser.load_state_dict(kept["optimiser"])
-        first = kept["step"]
-    else:
-        for old in (path, path.with_name("weights.pt"), path.with_name("log.csv")):
-            if old.exists():                                       # the run before is kept
-                os.replace(old, old.with_suffix(".old" + old.suffix))
+    first = start(args, config, model, ema, optimiser)
+    wiener = wiener_error(images, model.schedule)     # each level's error counts relative to this
+    weights = dict(w_mse=(wiener.mean() / wiener).float().to(device))
+    weights |= dict(w_ce=W_CE) if args.model == "cdm" else {}
+    window = (WINDOW,) if args.model == "cdm" else ()
+    loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
-    weights = dict(w_ce=args.w_ce, w_mse=args.w_mse) if args.model == "cdm" else {}
-    loss_of = lambda x0, y: model.loss(x0, y if args.conditional else None, **weights)
-    if not args.no_compile and (device.type == "cuda" or device.type == "cpu" and steps >= 2000):
-        loss_of = compiled(loss_of, to_x0(images[:batch]), labels[:batch])
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.no_compile and device.type == "cuda":
+        loss_at = compiled(loss_at, labels[:batch], *model.draw(to_x0(images[:batch]), *window))
     log = open(args.out / "log.csv", "a" if first else "w")
     log.write("" if first else "step,ce,mse,ms_per_step\n")
-    every = max(1, min(100, steps // 20))
+    every, begun = max(1, min(100, steps // 20)), time.time()
 
     def checkpoint(step):
         save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
@@ -426,41 +411,32 @@ def train(args, config, images, labels, device):
     for step in range(first + 1, steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
         rows = torch.randint(len(images), (batch,), device=device)        # a resumed run repeats it
+        dropped = torch.rand(batch, device=device) < DROPPED           # one network, p(x), p(x|y)
         for group in optimiser.param_groups:                       # warm-up, then half a cosine
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
-        loss = loss_of(to_x0(images[rows]), drop_labels(labels[rows]))
+        loss = loss_at(torch.where(dropped, CLASSES, labels[rows]),
+                       *model.draw(to_x0(images[rows]), *window))
         loss.total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if step % every == 0:
-            if not math.isfinite(loss.total.item() + norm.item()):
-                kept = f"{path} is the last good one" if path.exists() else "there is none yet"
-                raise SystemExit(f"training diverged: loss {loss.total.item()} at step {step}. "
-                                 f"Checkpoint: {kept}. Try a lower --lr")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        if step % every == 0 or step == steps:
+            total, ce, mse, norm = (v.item() for v in (loss.total, loss.ce, loss.mse, norm))
+            if not math.isfinite(total + norm):
+                raise SystemExit(f"training diverged: loss {total} at step {step}. "
+                                 + (f"{path} is the last good checkpoint. " if path.exists() else "")
+                                 + "Try a lower --lr")
+            ms = 1000 * (time.time() - begun) / (step - first)     # .item() waited for the GPU
+            print(f"step {step:6d} of {steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} "
+                  f"ms/step   {clock((steps - step) * ms / 1000)} left", flush=True)
+            log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
+            log.flush()
             checkpoint(step - 1)                                   # weights that just proved good
         optimiser.step()
         with torch.no_grad():                         # averages about the last tenth, or 1000 steps
             blend = max(0.001, 9 / (9 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), blend)
-        if step == first + 2:
-            loss.ce.item()
-            start = time.time()                                    # the first steps warm up caches
-        if step > first + 2 and (step % every == 0 or step in (first + 7, steps)):
-            ce, mse = loss.ce.item(), loss.mse.item()              # waits for the GPU: now the time
-            ms = 1000 * (time.time() - start) / (step - first - 2)
-            left = (steps - step) * ms / 1000
-            said = f"CE {ce:7.3f} nats   MSE {mse:.4f}" if args.model == "cdm" else f"MSE {mse:.4f}"
-            print(f"step {step:6d} of {steps}   {said}   "
-                  f"{ms:5.0f} ms/step   {1000 * batch / ms:6.0f} images/s   {clock(left)} left",
-                  flush=True)
-            log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
-            if step == first + 7 and left > 900 and device.type == "cpu" and not args.quick:
-                print(f"about {clock(left)} to go on this CPU; --quick takes minutes", flush=True)
-            log.flush()
     log.close()
-    if not all(p.isfinite().all() for p in ema.parameters()):
-        raise SystemExit(f"training diverged at the end; {path} keeps the last good checkpoint")
     checkpoint(steps)
     half = {name: v.half() for name, v in ema.state_dict().items()}
     save(args.out / "weights.pt", config=config, ema=half)                 # small, to give away
@@ -471,73 +447,63 @@ def train(args, config, images, labels, device):
 
 
 def batches(function, images):
-    return torch.cat([function(k) for k in images.split(100)]).cpu()
-
-
-def likelihood(model, images, audit):
-    """Print bits/dim of the images, and, of the first `audit`, whatever can contradict it.
-
-    ELBO and ODE use the denoiser and none of the classifier's constants. Annealing finds log Z of
-    p_1; where it is not 0, one pass is too low by it. Returns one pass (N,), or a DDM's ELBO."""
-    T, few, means = model.T, images[:audit], []
-    print(f"\n| {'bits/dim by':27s} | images |   mean |   s.e. | network passes each | seconds |\n"
-          f"| {'-' * 27} | ------ | ------ | ------ | ------------------- | ------- |")
-
-    def row(name, k, passes, function, sign=0):
-        """bits/dim of k by function; sign 1, -1: log-weights, not bits, from below or above."""
-        start = time.time()
-        values = batches(function, k)
-        mean, error = values.mean().item(), f"{values.std().item() / len(k) ** 0.5:6.3f}"
-        if sign:                      # log Z = log E[exp w] from below, -log E[exp -w] from above
-            log_z = sign * (torch.logsumexp(sign * values, 0).item() - math.log(len(k)))
-            mean, error = means[0] + log_z / (k[0].numel() * math.log(2)), " " * 6
-        if k is few:
-            means.append(mean)
-        print(f"| {name:27s} | {len(k):6d} | {mean:6.3f} | {error} | {passes:>19s} | "
-              f"{time.time() - start:7.1f} |", flush=True)
-        return values
-
-    draws = max(1, 4000 // len(images))
-    found = []
-    if isinstance(model, CDM):
-        found.append(row("one forward pass", images, "1", lambda k: bits_per_dim(model, k)))
-    found.append(row("ELBO", images, f"{draws} x 2",
-                     lambda k: bits_per_dim(model, k, "elbo", draws=draws)))
-    if isinstance(model, CDM):
-        row("one forward pass", few, "1", lambda k: bits_per_dim(model, k))
-    row("ELBO", few, "100 x 2", lambda k: bits_per_dim(model, k, "elbo", draws=100))
-    row("probability-flow ODE", few, f"{2 * T - 2} x 4",
-        lambda k: bits_per_dim(model, k, "ode", probes=1))
-    if isinstance(model, CDM):
-        noised = lambda k: model.add_noise(to_x0(k), 1, torch.randn_like(to_x0(k)))
-        row("one pass + log Z from below", few, f"{2 * T} x 2",
-            lambda k: annealed_log_z(model, torch.randn_like(to_x0(k))), 1)
-        row("one pass + log Z from above", few, f"{2 * T} x 2",
-            lambda k: annealed_log_z(model, noised(k), forward=False), -1)
-        one, bound, ode, below, above = means
-        off = max(abs(one - bound), abs(one - ode), below - one, one - above)
-        wide = above - below
-        print(f"\nOn these {len(few)} images one pass is {off:.3f} bits/dim from ELBO, ODE and the "
-              f"range of log Z,\nwhich is {wide:.3f} wide" + (
-              ": too few images to tell." if len(few) < 20 else
-              ".\nThat is too far to believe it: trust the ELBO." if off > 0.02 else
-              ".\nNothing contradicts it, but so wide a range proves little: --T 256 narrows it."
-              if wide > 0.05 else ": they agree."))
-    return found[0]
+    """function of a hundred images at a time, (B,), as one tensor; ValueError if not all finite."""
+    values = torch.cat([function(k) for k in images.split(100)]).double().cpu()
+    if not values.isfinite().all():
+        raise SystemExit(f"{len(values) - values.isfinite().sum()} of {len(values)} results are "
+                         "not finite: these weights cannot be measured")
+    return values
 
 
 @torch.no_grad()
-def classifier_numbers(model, images):
-    """As a classifier of levels: its accuracy, CE in nats, and MSE (the paper's table 1)."""
-    right, ce, mse = [], [], []
-    for k in images.split(max(1, 6400 // model.T)):                    # all levels, not only two
-        t = stratified_levels(len(k), 0, model.T + 1, k.device)
-        xt = model.add_noise(to_x0(k), t, torch.randn_like(to_x0(k)))
-        right.append((model.logits(xt).argmax(1) == t).float().mean().item())
-        loss = model.loss(to_x0(k))
-        ce.append(loss.ce.item()), mse.append(loss.mse.item())
-    print(f"level accuracy {100 * np.mean(right):.2f} %, CE {np.mean(ce):.3f} nats, "
-          f"MSE {np.mean(mse):.4f} on {len(images)} images")
+def likelihood(model, finer, images):
+    """Print bits/dim of 8-bit images by the ELBO and, of a CDM, by one forward pass, certified.
+
+    What can make one pass wrong is its normaliser log Z alone: `finer`, the same network with more
+    levels, measures it by annealing. ELBO and ODE stand beside it, as differences image by image."""
+    to_bits = 1 / (images[0].numel() * math.log(2))
+    one, few = isinstance(model, CDM), images[:500]
+    print(f"\n| {'bits/dim':34s} | images |   mean |   s.e. | seconds |\n"
+          f"| {'-' * 34} | ------ | ------ | ------ | ------- |")
+
+    def row(name, values, begun):
+        mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
+        print(f"| {name:34s} | {len(values):6d} | {mean:6.3f} | {error:6.3f} | "
+              f"{time.time() - begun:7.1f} |", flush=True)
+        return mean, error
+
+    begun = time.time()
+    if one:
+        bits = batches(lambda k: bits_per_dim(model, k), images)
+        mean, error = row("one forward pass", bits, begun)
+        begun = time.time()
+    bound = batches(lambda k: bits_per_dim(model, k, "elbo", draws=model.T), few)
+    row("ELBO, an upper bound", bound, begun)
+    if not one:
+        return
+    row("the same less one pass, paired", bound - bits[:500], begun)
+    begun, few = time.time(), images[:40]
+    flow = batches(lambda k: bits_per_dim(model, k, "ode", probes=1), few)
+    row("probability-flow ODE less one pass", flow - bits[:40], begun)
+    begun, x0 = time.time(), to_x0(few)
+    x1 = finer.add_noise(x0, 1, torch.randn_like(x0))
+    log_z, off, below, above = (v * to_bits for v in annealed_log_z(finer, x1))
+    if not math.isfinite(log_z + off):
+        raise SystemExit(f"log Z is {log_z} +- {off}: these weights cannot be measured")
+    print(f"| {'log Z, by annealing':34s} | {2 * len(few):6d} | {log_z:6.3f} | {off:6.3f} | "
+          f"{time.time() - begun:7.1f} |\n\nlog Z from below and above: {below:.3f}, {above:.3f} "
+          f"({finer.T} levels). One pass + log Z: {mean + log_z:.3f} +- "
+          f"{math.hypot(error, off):.3f} bits/dim.")
+    print("Certified: " * (off < 0.003) + verdict(log_z, off), flush=True)
+
+
+def verdict(log_z, off):
+    """In words, whether a one-pass value can be believed whose density integrates to exp(log_z)."""
+    if off >= 0.003:
+        return "Not certified: log Z is known too badly; more levels (--fine) will tell."
+    if abs(log_z) <= 0.01 + 2 * off:
+        return "the density integrates to 1 within 0.01 bits/dim, so one pass can be believed."
+    return f"one pass is {abs(log_z):.3f} too {'low' if log_z > 0 else 'high'}; quote it + log Z."
 
 
 class FeatureNet(nn.Module):
@@ -564,8 +530,11 @@ class FeatureNet(nn.Module):
         return self.eval()
 
     @torch.no_grad()
-    def features(self, x0):
-        return torch.cat([self.body(part) for part in x0.split(500)]).cpu().double()      # (N, 64)
+    def judge(self, x0):
+        """Features (N, 64), and the share of images (N, ..) it is at least 90 % sure of."""
+        features = torch.cat([self.body(part) for part in x0.split(500)])
+        sure = self.head(features).softmax(1).amax(1) >= 0.9
+        return features.cpu().double(), sure.float().mean().item()
 
 
 def frechet(a, b):
@@ -575,32 +544,28 @@ def frechet(a, b):
             - 2 * cross).item()
 
 
-def fid(models, train, test, n):
-    """Fréchet distance of n samples to the test images by model and sampler, with the floor."""
-    net = FeatureNet().to(test[0].device).fit(*train)
-    with torch.no_grad():
-        right = batches(lambda k: net(to_x0(k)).argmax(1), test[0]) == test[1].cpu()
-    real = net.features(to_x0(test[0]))
-    rows = torch.randperm(len(train[0]))[:n]
-    floor = frechet(net.features(to_x0(train[0][rows])), real)
-    print(f"\nFréchet distance in the features of a digit classifier (test accuracy "
-          f"{100 * right.float().mean():.1f} %), {n} samples\nagainst {len(real)} test images; "
-          f"{len(rows)} training images are at {floor:.2f}\n\n"
-          "| model | sampler | steps | distance | ms per image |\n"
-          "| ----- | ------- | ----- | -------- | ------------ |")
+def quality(models, train_set, test_set, n):
+    """Print how far n samples of each model and sampler are from the test digits."""
+    net = FeatureNet().to(test_set[0].device).fit(*train_set)
+    real, sure = net.judge(to_x0(test_set[0]))
+    floor, _ = net.judge(to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]))
+    print(f"\n| {n} samples | steps | Fréchet distance | recognised | ms each |\n"
+          "| ------------ | ----- | ---------------- | ---------- | ------- |\n"
+          f"| {'real digits':12s} |       | {frechet(floor, real):16.2f} | {100 * sure:8.1f} % | "
+          "        |")
     for name, model in models.items():
-        for method, steps in (("ddim", 50), ("ddpm", model.T), ("dpm", 25)):
-            start, steps = time.time(), min(steps, model.T)
-            x0 = [model.sample((min(200, n - i), *test[0].shape[1:]), steps, method)
+        for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
+            begun = time.time()
+            x0 = [model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
                   for i in range(0, n, 200)]
-            found = net.features(torch.cat(x0))
-            ms = 1000 * (time.time() - start) / n
-            print(f"| {name:5s} | {method:7s} | {steps:5d} | "
-                  f"{frechet(found, real):8.2f} | {ms:12.1f} |", flush=True)
+            ms = 1000 * (time.time() - begun) / n
+            features, sure = net.judge(torch.cat(x0))
+            print(f"| {name + ', ' + method:12s} | {steps:5d} | {frechet(features, real):16.2f} | "
+                  f"{100 * sure:8.1f} % | {ms:7.1f} |", flush=True)
 
 
 def picture(ax, x0, title):
-    """Images (rows, columns, 1, H, W) as one."""
+    """Images (rows, columns, 1, H, W) as one, black -1 to white 1."""
     ax.imshow(x0[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1).cpu().numpy(), cmap="gray",
               vmin=-1, vmax=1)
     ax.set_title(title, fontsize=9)
@@ -608,69 +573,83 @@ def picture(ax, x0, title):
 
 
 def finish(fig, path):
-    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
     plt.close(fig)
     print(f"figure: {path}", flush=True)
 
 
 @torch.no_grad()
-def draw(model, images, path, steps):
-    """A picture: ten real digits in the top row, samples by DDIM below."""
-    rows, steps = 8, min(steps, model.T)
-    samples = model.sample((10 * rows, *images.shape[1:]), steps).clamp(-1, 1)
-    fig, axes = plt.subplots(2, 1, figsize=(6, 6.4), height_ratios=[1, rows], layout="constrained")
-    picture(axes[0], to_x0(images[:10])[None], "real")
-    picture(axes[1], samples.unflatten(0, (rows, 10)), f"drawn (DDIM, {steps} steps)")
+def show_samples(models, images, path):
+    """A picture: real digits, and each model's from the same noise, free and class by class."""
+    noise = torch.randn(100, *images.shape[1:], device=images.device)
+    y = torch.arange(CLASSES, device=images.device).repeat_interleave(10)
+    fig, axes = plt.subplots(1, 1 + 2 * len(models), layout="constrained",
+                             figsize=(3 + 6 * len(models), 3.4))
+    picture(axes[0], to_x0(images[:100]).unflatten(0, (10, -1)), "real digits")
+    for i, (name, model) in enumerate(models.items()):
+        for ax, given, title in ((axes[2 * i + 1], model, "drawn"),
+                                 (axes[2 * i + 2], model.given(y, 1.0), "one class a row")):
+            x0 = given.sample(None, model.T, "ddpm", xT=noise).clamp(-1, 1)
+            picture(ax, x0.unflatten(0, (10, 10)), f"{name}: {title}")
     finish(fig, path)
 
 
 @torch.no_grad()
 def show_levels(model, image, path):
-    """A picture of what the classifier sees: x_t, its posterior over levels, and its gradient."""
+    """A picture of what the classifier sees: x_t, its posterior over levels, how far the noise it
+    finds is off, and the denoised digit."""
     levels = [max(1, round(share * model.T)) for share in (0.15, 0.4, 0.55, 0.7, 0.85, 1.0)]
-    fig, axes = plt.subplots(4, len(levels), figsize=(9, 5.4), layout="constrained",
+    every = torch.arange(model.T + 2, device=image.device)[None]
+    fig, axes = plt.subplots(4, len(levels), figsize=(9, 5.6), layout="constrained",
                              height_ratios=[1, 0.6, 1, 1])
     for column, t in zip(axes.T, levels):
         x0 = to_x0(image)
-        xt = model.add_noise(x0, t, torch.randn_like(x0))
-        picture(column[0], xt[None] / xt.abs().max(), f"x_t, true level t = {t}")
-        column[1].plot(model.logits(xt)[0].softmax(0).cpu())
+        eps = torch.randn_like(x0)
+        xt = model.add_noise(x0, t, eps)
+        off = (model.predict_noise(xt, t) - eps).abs()
+        picture(column[0], (xt / 2)[None], f"x_t, true level t = {t}")
+        column[1].plot(model.log_ratio(xt, every)[0].softmax(0).cpu())
         column[1].axvline(t, color="grey", linestyle=":")
-        column[1].set(yticks=[], xlabel="level")
-        column[1].set_title("softmax of the logits", fontsize=9)
-        picture(column[2], model.predict_noise(xt, t)[None] / 2, "gradient: eps_hat")
-        picture(column[3], model.denoise(xt, t)[None], "x0_hat")
+        column[1].set(yticks=[], ylim=(0, None), xlabel="level")
+        column[1].set_title("p(level given x_t)", fontsize=9)
+        picture(column[2], off[None] - 1, "error |eps_hat - eps|")
+        picture(column[3], model.denoise(xt, t)[None], "denoised: x0_hat")
     finish(fig, path)
 
 
 @torch.no_grad()
-def compare(models, images, data_mean, path):
-    """The paper's figures 4 and 5: ratio of the errors at each level, and the denoised pure noise.
-
-    Of pure noise nothing can be told, so E[x_0 | x_T] is all but the mean of the data."""
-    fig = plt.figure(figsize=(9, 3), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.2])
-    curves = left.subplots()
-    panels = right.subplots(1, 1 + len(models), width_ratios=[1, *[3] * len(models)])
-    picture(panels[0], data_mean[None, None], "data mean")
-    x0 = to_x0(images)
-    eps = torch.randn_like(x0)
+def show_errors(models, images, train_images, path):
+    """The paper's figures 4 and 5: the error at each level beside the other model's and the best
+    linear denoiser's, and the denoised pure noise: little can be told of it but the data mean."""
+    data_mean, x0 = to_x0(train_images).mean(0).to(images.device), to_x0(images)
+    schedule, eps = models["CDM"].schedule, torch.randn_like(x0)
+    levels = range(1, models["CDM"].T + 1, max(1, models["CDM"].T // 32))
+    log_snr = [2 * math.log(schedule.alpha[t] / schedule.sigma[t]) for t in levels]
+    wiener = wiener_error(train_images, schedule)[list(levels)].numpy()
+    fig = plt.figure(figsize=(11, 3.2), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[2, 1.1])
+    (ratio, linear), panels = left.subplots(1, 2), right.subplots(1 + len(models), 1)
+    picture(panels[0], data_mean[None, None], "mean of the data")
     found = {}
     for panel, (name, model) in zip(panels[1:], models.items()):
-        alpha, sigma, levels = *model.schedule, range(1, model.T + 1, max(1, model.T // 32))
-        errors = [F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps).item()
-                  for t in levels]
-        found[name] = np.array(errors)
-        log_snr = [2 * math.log(alpha[t] / sigma[t]) for t in levels]
-        x0_hat = model.denoise(eps[:3], model.T)
+        found[name] = np.array([F.mse_loss(model.predict_noise(
+            model.add_noise(x0, t, eps), t), eps).item() for t in levels])
+        x0_hat = model.denoise(eps[:6], model.T)
         picture(panel, x0_hat[None], f"{name}'s x0_hat of pure noise")
         off = F.mse_loss(x0_hat, data_mean.expand_as(x0_hat)) ** 0.5
-        print(f"{name}: MSE of eps_hat {np.mean(errors):.4f} over {len(errors)} levels; denoised "
-              f"pure noise is {off:.3f} (rms) from the data mean")
-    curves.plot(log_snr, found["CDM"] / found["DDM"])
-    curves.axhline(1, color="grey", linewidth=0.5)
-    curves.set(xlabel="log-SNR (left: noise)", ylabel="MSE of eps_hat, CDM / DDM")
+        worst = (found[name] / wiener).max()
+        print(f"{name}: MSE of eps_hat {found[name].mean():.4f}, at worst {worst:.3f} of the best "
+              f"linear denoiser's; denoised pure noise is {off:.3f} (rms) from the data mean")
+        linear.plot(log_snr, found[name] / wiener, label=name)
+    both = found["CDM"] / found["DDM"]
+    print(f"MSE CDM / DDM: mean of levels {both.mean():.3f}, worst {both.max():.3f}")
+    ratio.plot(log_snr, both, color="black")
+    ratio.set_title("MSE of eps_hat, CDM / DDM (below 1: CDM better)", fontsize=9)
+    linear.set_title("MSE / that of the best linear denoiser", fontsize=9)
+    linear.legend()
+    for ax in (ratio, linear):
+        ax.axhline(1, color="grey", linewidth=0.5)
+        ax.set_xlabel("log-SNR (left: noise)")
     finish(fig, path)
 
 
@@ -678,305 +657,172 @@ def compare(models, images, data_mean, path):
 def classify(model, images, labels):
     """Bayes' rule with ten equally likely classes: the y of the highest log p_t(x_t given y).
 
-    Where noise is low, a digit under a wrong label is like nothing seen in training, and log p_t
-    means little. log-SNR -0.3 was best for the validation digits of MNIST: noise enough for the
-    classes to meet, digit enough to tell them apart. Without a density there is the denoising error
-    at one level, best at log-SNR -2, and the ELBO. All classes are shown the same noise."""
-    alpha, sigma = (v[1:-1] for v in model.schedule)
-    best, noisier = (1 + (2 * (alpha / sigma).log() - log_snr).abs().argmin().item()
-                     for log_snr in (-0.3, -2.0))
+    t: log-SNR -0.3, which was best on validation digits. Where noise is low, a digit under a wrong
+    label is like nothing seen in training; where it is high, nothing is left to tell."""
+    t = (2 * (model.schedule.alpha / model.schedule.sigma).log() + 0.3).abs().argmin().item()
 
-    def error(given, x0):
-        eps = torch.randn_like(x0)
-        eps_hat = given.predict_noise(model.add_noise(x0, noisier, eps), noisier)
-        return -(eps_hat - eps).square().flatten(1).sum(1)
+    def most_likely(k):
+        xt = model.add_noise(to_x0(k), t, torch.randn_like(to_x0(k)))
+        classes = torch.arange(CLASSES, device=k.device)[:, None].expand(-1, len(k))
+        return torch.stack([model.given(y).log_prob(xt, t) for y in classes]).argmax(0)
 
-    def at(t, draws):
-        def log_p(given, x0):
-            noised = (model.add_noise(x0, t, torch.randn_like(x0)) for _ in range(draws))
-            return sum(given.log_prob(xt, t) for xt in noised)
-        return log_p
-
-    ways = [(f"one pass at level {t}, {n} draws", n, at(t, n))
-            for t, n in ((1, 1), (best, 1), (best, 4)) if isinstance(model, CDM)]
-    ways.append((f"error of eps_hat, level {noisier}", 1, error))
-    ways += [(f"ELBO, {n} draws", n, lambda given, x0, n=n: elbo(given, x0, n)) for n in (4, 32)]
-    print(f"\n| class by the {type(model).__name__}'s p(x given y) | images | calls | accuracy "
-          "| ms per image |\n"
-          "| ----------------------------- | ------ | ----- | -------- | ------------ |")
-    for name, draws, log_p in ways:
-
-        def most_likely(k):
-            found = []
-            seed = int(torch.randint(2 ** 31, ()))
-            for y in range(ANY):
-                with torch.random.fork_rng():                             # the same noise for each
-                    torch.manual_seed(seed)
-                    given = model.given(torch.full((len(k),), y, device=k.device))
-                    found.append(log_p(given, to_x0(k)))
-            return torch.stack(found).argmax(0)
-
-        some, start = images[:200 if "ELBO" in name else 1000], time.time()
-        right = (batches(most_likely, some) == labels[:len(some)].cpu()).float()
-        print(f"| {name:29s} | {len(some):6d} | {10 * draws:5d} | {100 * right.mean():6.2f} % | "
-              f"{1000 * (time.time() - start) / len(some):12.1f} |", flush=True)
-
-
-@torch.no_grad()
-def draw_classes(model, shape, path, steps):
-    """A picture: one row of samples for each class, from the same noise at growing guidance."""
-    y = torch.arange(ANY, device=model.alpha.device).repeat_interleave(6)
-    noise = torch.randn(len(y), *shape, device=y.device)
-    fig, axes = plt.subplots(1, 4, figsize=(9.6, 4.4), layout="constrained")
-    for ax, w in zip(axes, (-1.0, 0.0, 1.0, 3.0)):
-        x0 = model.given(y, w).sample(noise.shape, min(steps, model.T), xT=noise)
-        picture(ax, x0.clamp(-1, 1).unflatten(0, (ANY, 6)), f"guidance {w:g}" + (
-            ": labels unused" if w == -1 else ": p(x given y)" if w == 0 else ""))
-    finish(fig, path)
-
-
-def rank(model, images, bits, path):
-    """What one pass is good for: likely and unlikely digits, and telling digits from the rest."""
-    order, (fig, axes) = bits.argsort(), plt.subplots(2, 1, figsize=(6, 3), layout="constrained")
-    n = min(20, len(order) // 4 * 2)                                # even, and none shown twice
-    for ax, rows, title in zip(axes, (order[:n], order[-n:]), ("most", "least")):
-        picture(ax, to_x0(images[rows.to(images.device)]).unflatten(0, (2, n // 2)),
-                f"{title} likely: {bits[rows].min():.2f} to {bits[rows].max():.2f} bits/dim")
-    finish(fig, path)
-    images, bits = images[:1000], bits[:1000]
-    shuffle = torch.randperm(images[0].numel(), device=images.device)
-    noisy = images.float() + 25 * torch.randn(images.shape, device=images.device)
-    others = {"rotated by 90 degrees": images.rot90(1, (2, 3)), "inverted": 255 - images,
-              "pixels shuffled": images.flatten(1)[:, shuffle].view_as(images),
-              "noise of 25 grey values": noisy.clamp(0, 255).to(torch.uint8)}
-    print("\n| told from test digits by one pass | AUROC | bits/dim |\n"
-          "| --------------------------------- | ----- | -------- |")
-    for name, other in others.items():
-        theirs = batches(lambda k: bits_per_dim(model, k), other)
-        auroc = roc_auc_score([0] * len(bits) + [1] * len(bits), torch.cat([bits, theirs]).numpy())
-        print(f"| {name:33s} | {auroc:.3f} | {theirs.mean():8.2f} |", flush=True)
+    right = (batches(most_likely, images) == labels.cpu()).double()
+    print(f"class of the highest log p_t(x_t given y), t = {t}, ten passes: {100 * right.mean():.1f} "
+          f"% of {len(images)} images right", flush=True)
 
 
 # -------------------------------------------------------------------------------------- benchmark
 
 
-def naive_loss(model, x0, w_ce):
-    """CDM.loss as one would write it first: the logits of all levels differentiated twice, a B x B
-    matrix to pick one a row, autograd.grad. Equal, and slower. It also serves to count FLOPs."""
-    t, eps = stratified_levels(len(x0), 0, model.T + 1, x0.device), torch.randn_like(x0)
-    alpha, sigma = (v[t].view(-1, 1, 1, 1) for v in (model.alpha, model.sigma))
-    xt = (alpha * x0 + sigma * eps).requires_grad_()
-    logits = model.net(xt + 0)                                # + 0: else the FLOP counter refuses
-    score = (logits[:, -1] - torch.diag(logits[:, t])).sum()
-    (grad,) = torch.autograd.grad(score, xt, create_graph=True)
-    return w_ce * F.cross_entropy(logits, t) + F.mse_loss(sigma * (grad + xt), eps)
-
-
-def cost(work, device, repeats=5):
-    """Median ms of work(), and the MB it takes at its peak beyond those in use; nan: unknown."""
-    def run():
-        start = time.perf_counter()
+def milliseconds(work, device, repeats=7):
+    """Median time of work(), after two calls to warm up."""
+    times = []
+    for _ in range(2 + repeats):
+        begun = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start)
-
-    run(), run()                                                                        # warm-up
-    ms = np.median([run() for _ in range(repeats)])
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return ms, (torch.cuda.max_memory_allocated() - before) / 1e6
-    try:                                                              # Linux with the GNU C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)                       # what was freed goes back,
-        Path("/proc/self/clear_refs").write_text("5")                 # and the peak starts anew
-        status = lambda key: int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
-        before = status("VmRSS:")
-        run()
-        return ms, (status("VmHWM:") - before) / 1e3
-    except OSError:
-        return ms, math.nan
+        times.append(1000 * (time.perf_counter() - begun))
+    return np.median(times[2:])
 
 
-def flops(work):
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+def benchmark(model, images, args):
+    """Print what the work of a CDM costs, and the same of a DDM or of other ways to a likelihood."""
+    batch, device = args.batch, args.device
+    x0, k, width = to_x0(images[:batch]).to(device), images[:40].to(device), args.width
+    make = lambda family, T: build(dict(model=family, T=T, width=width), images).to(device)
+    ddm, finer = make("ddm", model.T), make("cdm", 1000)
 
+    def step(m, *window):
+        """Loss and gradients of a batch, compiled or not; no optimiser."""
+        loss_at = m.loss_at if args.no_compile else compiled(m.loss_at, *m.draw(x0, *window))
+        return lambda: loss_at(*m.draw(x0, *window)).total.backward()
 
-def benchmark(model, images, args, device):
-    """What the work of a trained CDM costs, beside the alternatives: medians of one run."""
-    def like(family, T):
-        config = dict(model=family, schedule="log-snr", T=T, width=model.net.unet.norm.num_channels)
-        return build(config, images).to(device)
+    def row(what, work, beside, other):
+        mine, its = milliseconds(work, device), milliseconds(other, device)
+        print(f"| {what:22s} | {mine:8.1f} | {beside:22s} | {its:8.1f} | {its / mine:7.3g} |",
+              flush=True)
 
-    def step(m, loss, x0):                                  # loss and gradients, no optimiser
-        return lambda: (m.zero_grad(), loss(x0).total.backward())
-
-    def row(what, mine, beside, other, times=1):
-        (a, mb_a), (b, mb_b) = cost(mine, device), cost(other, device)
-        print(f"| {what:19s} | {beside:34s} | {times * b / a:9.3g} | {a:8.1f} | {times * b:9.1f} | "
-              f"{mb_a:5.0f} | {mb_b:5.0f} |", flush=True)
-
-    x0, k, ddm = to_x0(images[:args.batch]).to(device), images[:20].to(device), like("ddm", model.T)
-    eager = lambda x0: model.loss(x0, w_ce=args.w_ce)
-    fast, ddm_fast = (f if args.no_compile else compiled(f, x0) for f in (eager, ddm.loss))
-    naive = lambda: (model.zero_grad(), naive_loss(model, x0, args.w_ce).backward())
-    xt = x0.clone().requires_grad_()
-    calls = [flops(f) / args.batch / 1e6 for f in (
-        lambda: torch.autograd.grad(model.net(xt + 0).sum(), xt), lambda: ddm.predict_noise(x0, 1),
-        naive, step(ddm, ddm.loss, x0))]
-    print("million FLOPs of an image, CDM and DDM: {:.0f} and {:.0f} to denoise, {:.0f} and {:.0f} "
-          "to train".format(*calls))
-    print(f"\nbatch {args.batch}, T = {model.T}; ratio: its ms by the CDM's\n\n"
-          "| a CDM's             | beside                             |     ratio |       ms | "
-          "   its ms |    MB | its MB |\n| --- | --- | --- | --- | --- | --- | --- |")
-    row("training step", step(model, fast, x0), "the same, not compiled", step(model, eager, x0))
-    row("training step", step(model, fast, x0), "the same, written naively", naive)
-    row("training step", step(model, fast, x0), "DDM's", step(ddm, ddm_fast, x0))
-    one_pass = lambda: bits_per_dim(model, k)
-
-    def ode(steps):
-        torch.manual_seed(0)
-        return bits_per_dim(model, k, "ode", steps=steps, probes=1)
-
-    exact = ode(model.T - 1).mean()
-    steps = next(n for n in (*range(4, model.T - 1, 4), model.T - 1)
-                 if abs(ode(n).mean() - exact) < 0.01)
-    row("log-likelihood", one_pass, f"ODE, {steps} steps, to 0.01 bits/dim", lambda: ode(steps))
-    draw = lambda: bits_per_dim(model, k, "elbo", draws=1)
-    spread = torch.stack([draw() for _ in range(20)]).std(0).mean().item()
-    draws = math.ceil((spread / 0.01) ** 2)
-    row("log-likelihood", one_pass, f"ELBO, {draws} x one draw, to 0.01", draw, draws)
+    print(f"batch {batch}, T = {model.T}, width {width}; likelihoods and samples of {len(k)} images")
+    mine = step(model, WINDOW)
+    others = step(ddm), step(finer, WINDOW), step(model)
+    print(f"\n| {'a CDM takes':22s} | {'ms':8s} | {'beside':22s} | {'ms':8s} | ratio   |\n"
+          f"| {'-' * 22} | -------- | {'-' * 22} | -------- | ------- |")
+    for name, other in zip(("a DDM's", "the same at T = 1000", "all levels, no window"), others):
+        row("training step", mine, name, other)
     for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
-        mine, its = (lambda m=m: m.sample(k.shape, steps, method) for m in (model, ddm))
-        row("sampling", mine, f"DDM's, {method}, {steps} steps", its)
-    print("\n| batch |    T | ms per step, not compiled | images/s |    MB |\n"
-          "| --- | --- | --- | --- | --- |")
-    for batch, T in ((16, 64), (64, 64), (256, 64), (1024, 64), (4096, 64), (64, 256), (64, 1000)):
-        if batch <= 256 or device.type == "cuda":
-            other = like("cdm", T)
-            ms, mb = cost(step(other, other.loss, to_x0(images[:batch]).to(device)), device)
-            print(f"| {batch:5d} | {T:4d} | {ms:25.1f} | {1000 * batch / ms:8.0f} | {mb:5.0f} |",
-                  flush=True)
-    print("\n| DDIM steps | ms per image |\n| --- | --- |")
-    for steps in (1, 10, 25, 50):
-        if steps <= model.T:
-            ms, _ = cost(lambda: model.sample(k.shape, steps), device)
-            print(f"| {steps:10d} | {ms / len(k):12.1f} |", flush=True)
+        drawn = [lambda m=m: m.sample(k.shape, steps, method) for m in (model, ddm)]
+        row(f"sampling, {method}", drawn[0], f"a DDM's, {steps} steps", drawn[1])
+    one_pass = lambda: bits_per_dim(model, k)
+    row("likelihood, one pass", one_pass, f"ELBO, {model.T} levels",
+        lambda: bits_per_dim(model, k, "elbo", draws=model.T))
+    row("likelihood, one pass", one_pass, "ODE, one probe",
+        lambda: bits_per_dim(model, k, "ode", probes=1))
+
+
+# ------------------------------------------------------------------------------------------- main
 
 
 def arguments():
     """The command line, with the defaults that --quick, --weights and the device give."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
-    add("--model", choices=("cdm", "ddm"), default="cdm", help="ddm: told the level, to compare")
-    add("--conditional", action="store_true", help="a model of the digits given their labels too")
+    add("--model", choices=("cdm", "ddm"), help="ddm: told the level, to compare (cdm)")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto: cuda, else cpu")
     add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
-    add("--out", type=Path, default=Path("runs/mnist"), help="folder for results (%(default)s)")
-    add("--weights", type=Path, help="sample and measure with this checkpoint, no training")
+    add("--out", type=Path, help="folder for results (runs/ and what the run is)")
+    add("--weights", type=Path, help="measure this checkpoint, no training")
+    add("--beside", type=Path, help="checkpoint of a DDM to compare a CDM with, or the reverse")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--benchmark", action="store_true", help="measure what a CDM costs, beside a DDM")
+    add("--benchmark", action="store_true", help="time a CDM beside a DDM, nothing else")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
-    add("--measure", type=int, help="how many images to measure on (10000, quick 500)")
-    add("--audit", type=int, help="how many to audit by ODE and log Z (200; on a CPU 20)")
-    add("--samples", type=int, help="samples for the Fréchet distance (10000; on a CPU 0)")
-    add("--beside", type=Path, help="checkpoint of a DDM to compare with")
-    add("--steps", type=int, help="training steps (20000, quick 400)")
-    add("--batch", type=int, help="images per step (256, quick 64)")
-    add("--width", type=int, help="channels, a multiple of 8 (64, quick 32)")
-    add("--T", type=int, help="noise levels between clean and pure noise (64); with\n"
-        "--weights: as many as you like, for finer audits")
-    add("--schedule", choices=SCHEDULES, default="log-snr", help="noise levels (%(default)s)")
-    add("--lr", type=float, help="peak learning rate (0.001, quick 0.004)")
-    add("--w-ce", type=float, default=0.001, help="weight of the cross-entropy (%(default)s)")
-    add("--w-mse", type=float, default=1.0, help="weight of the denoising error (%(default)s)")
-    add("--sample-steps", type=int, default=50, help="DDIM steps (%(default)s)")
+    add("--images", type=int, help="how many of them (10000, quick 500)")
+    add("--samples", type=int, help="samples for the Fréchet distance (GPU 10000, CPU 1000,\n"
+        "quick 500; 0: none)")
+    add("--fine", type=int, help="levels for log Z (1024, quick 256)")
+    add("--steps", type=int, help="training steps (20000, quick 500)")
+    add("--batch", type=int, help="images per step (GPU 256, else 64)")
+    add("--width", type=int, help="channels, a multiple of 8 (GPU 64, else 32)")
+    add("--T", type=int, help="noise levels (64; with --weights: as many as you like)")
+    add("--lr", type=float, help="peak learning rate (0.002, quick 0.004)")
     add("--no-compile", action="store_true", help="do not compile the loss")
     add("--seed", type=int, default=0)
     args = p.parse_args()
-    full = 20000, 256, 64, 64, 1e-3, 10000, 200, 10000
-    quick = 400, 64, 32, 64, 4e-3, 500, 20, 0
-    args.device = pick_device(args.device)
-    if args.weights or args.device.type == "cpu":
-        full = *full[:-2], 20, 0                                   # audits of minutes, not an hour
-    names = "steps", "batch", "width", "T", "lr", "measure", "audit", "samples"
-    args.asked_T = args.T
-    if args.benchmark:
-        args.weights = args.weights or Path(__file__).parent / "assets/mnist_cdm.pt"
-        args.batch = args.batch or (256 if args.device.type == "cuda" else 64)
-    for name, value in zip(names, quick if args.quick else full):
+    args.device, name = pick_device(args.device), f"{args.dataset}_{args.model or 'cdm'}"
+    trains = "model", "steps", "batch", "width", "lr", "resume", "no_compile"
+    ignored = [f"--{n.replace('_', '-')}" for n in trains if getattr(args, n) and args.weights]
+    if ignored or args.weights and args.benchmark:
+        p.error(f"--weights measures: no {', '.join(ignored) or '--benchmark'}")
+    gpu = args.device.type == "cuda"
+    full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=1024, steps=20000,
+                batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002,
+                out=Path("runs") / ("measured" if args.weights else name))
+    quick = full | dict(images=500, samples=500, fine=256, steps=500, batch=64, width=32, lr=0.004,
+                        out=Path("runs") / f"{name}_quick")
+    for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("steps", "batch", "T", "measure", "audit", "sample_steps"):
-        if getattr(args, name) < (2 if name == "T" else 1):
-            p.error(f"--{name.replace('_', '-')} must be at least {2 if name == 'T' else 1}")
-    if args.samples < 0 or args.samples == 1:
-        p.error("--samples must be 0, or 2 and more")
-    if args.measure < 20 or args.audit < 2:
-        p.error("--measure must be at least 20, --audit at least 2")
-    if args.weights and args.resume:
-        p.error("--weights measures, --resume trains: not both")
-    for path in filter(None, (args.weights, args.beside)):
-        if not path.is_file():
-            raise SystemExit(f"{path} is no usable checkpoint: there is no such file")
-    if not args.lr > 0 or args.w_ce < 0 or args.w_mse < 0 or args.w_ce + args.w_mse == 0:
-        p.error("--lr must be positive, --w-ce and --w-mse not negative and not both zero")
-    if args.width < 8 or args.width % 8:
-        p.error("--width must be a multiple of 8")
+    bounds = dict(images=2, samples=0, fine=2, steps=1, batch=1, width=8, T=2, seed=0)
+    for name, least in bounds.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            p.error(f"--{name} must be at least {least}")
+    if args.samples == 1 or args.width % 8 or not 0 < args.lr < math.inf or args.seed >= 2 ** 31:
+        p.error("--samples must not be 1, --width a multiple of 8, --lr positive, --seed < 2^31")
     return args
 
 
 def main():
     args = arguments()
     device = args.device
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     train_set, validation, test = load_data(args.dataset, args.data)
     images = train_set[0]
     print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels")
-    other = args.beside and load_model(args.beside, args.dataset, images, device, args.asked_T)
-    if args.weights:
-        model = load_model(args.weights, args.dataset, images, device, args.asked_T)
-    else:
-        names = "model conditional schedule dataset T width steps batch lr w_ce w_mse seed".split()
-        config = {name: getattr(args, name) for name in names}
-        model = train(args, config, *train_set, device).eval()
-    if other and type(other) is type(model):
-        raise SystemExit(f"--beside {args.beside}: one CDM and one DDM can be compared")
-    if other and other.T != model.T:
-        raise SystemExit(f"--beside has {other.T} levels, not {model.T}; --T can give both as many")
-    if args.benchmark and isinstance(model, DDM):
-        raise SystemExit(f"--benchmark wants a CDM, {args.weights} is a DDM")
+    config = {n: getattr(args, n) for n in "model dataset width steps batch lr seed".split()}
+    config["T"] = args.T or 64
     if args.benchmark:
-        return benchmark(model, images, args, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False    # exact now
-    held_out = [v.to(device) for v in (test if args.split == "test" else validation)]
-    measured = held_out[0][:args.measure]
+        return benchmark(build(config, images).to(device), images, args)
+    beside = args.beside and load_model(args.beside, args.dataset, images, device, args.T)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".part").touch(), (args.out / ".part").unlink()
+    except OSError as error:
+        raise SystemExit(f"--out {args.out} cannot be written to: {error}")
+    if args.weights:
+        model = load_model(args.weights, args.dataset, images, device, args.T)
+    else:
+        model = train(args, config, *train_set, device).eval()
+    models = {type(m).__name__: m for m in (model, beside) if m}
+    if beside and (len(models) < 2 or beside.T != model.T):
+        raise SystemExit("--beside compares one CDM with one DDM of as many levels")
+    measure(args, models, train_set, validation if args.split == "validation" else test)
+
+
+def measure(args, models, train_set, held_out):
+    """One screen of tables and the pictures of the run."""
+    device, images = args.device, held_out[0][:args.images].to(args.device)
     torch.manual_seed(args.seed)
-    draw(model, measured, args.out / "samples.png", args.sample_steps)
-    bits = likelihood(model, measured, args.audit)
-    models = {type(model).__name__: model}
-    if isinstance(model, CDM):
-        classifier_numbers(model, measured[:1000])
-        rank(model, measured, bits, args.out / "ranked.png")
-        show_levels(model, measured[:1], args.out / "levels.png")
-    if other:
-        models[type(other).__name__] = other
-        compare(models, measured[:100], to_x0(images).mean(0).to(device), args.out / "beside.png")
-    for each in models.values():
-        if each.net.label:
-            classify(each, measured, held_out[1][:args.measure])
-    if model.net.label:
-        draw_classes(model, measured.shape[1:], args.out / "classes.png", args.sample_steps)
+    show_samples(models, images, args.out / "samples.png")
+    for name, model in models.items():
+        print(f"\n{name}: {sum(p.numel() for p in model.parameters())} weights")
+        finer = None
+        if name == "CDM":                                       # its network serves any T
+            config = dict(model="cdm", T=args.fine, width=model.net.level.out_features)
+            finer = build(config, train_set[0]).to(device)
+            finer.load_state_dict(model.state_dict())
+        likelihood(model, finer, images)
+    if "CDM" in models:
+        show_levels(models["CDM"], images[:1], args.out / "levels.png")
+        classify(models["CDM"], images[:1000], held_out[1][:args.images][:1000])
+    if len(models) == 2:
+        show_errors(models, images[:500], train_set[0], args.out / "errors.png")
     if args.samples:
-        fid(models, [v.to(device) for v in train_set], held_out, args.samples)
+        quality(models, [v.to(device) for v in train_set], [v.to(device) for v in held_out],
+                args.samples)
 
 
 if __name__ == "__main__":
