@@ -212,11 +212,18 @@ class Diffusion(nn.Module):
         out = self.net(*inputs, y=self.y)
         return out + self.guidance * (out - self.net(*inputs)) if self.guidance else out
 
-    def _errors(self, eps_hat, eps, t, w_mse):
-        """The mean squared error, and the same weighted by w_mse: a number, or one a level (T+2,).
+    def _noised(self, x0, low, high):
+        """What a training step sees: xt, eps and levels t (B,), stratified over low .. high.
         ValueError for a model with guidance, whose output is no density to be taught."""
         if self.guidance:
             raise ValueError("a model must be trained without guidance")
+        t, eps = stratified_levels(len(x0), low, high, x0.device), torch.randn_like(x0)
+        alpha, sigma = self._scales(t, x0)
+        return alpha * x0 + sigma * eps, eps, t
+
+    @staticmethod
+    def _errors(eps_hat, eps, t, w_mse):
+        """The mean squared error, and the same weighted by w_mse: a number, or one a level (T+2,)."""
         error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
         weight = w_mse[t] if isinstance(w_mse, torch.Tensor) else w_mse
         return error.mean().detach(), (weight * error).mean()
@@ -233,9 +240,7 @@ class DDM(Diffusion):
 
     def draw(self, x0):
         """xt, eps and levels t (B,) of one training step, t stratified over 1 .. T."""
-        t, eps = stratified_levels(len(x0), 1, self.T, x0.device), torch.randn_like(x0)
-        alpha, sigma = self._scales(t, x0)
-        return alpha * x0 + sigma * eps, eps, t
+        return self._noised(x0, 1, self.T)
 
     def loss_at(self, xt, eps, t, w_mse=1.0):
         """The DDPM loss, MSE(eps_hat, eps), weighted as in CDM.loss_at."""
@@ -299,11 +304,10 @@ class CDM(Diffusion):
         K = self.T + 2 if window is None else window
         if not isinstance(K, int) or not 2 <= K <= self.T + 2:
             raise ValueError(f"window must be an int in 2 .. T+2 = {self.T + 2}, got {window!r}")
-        t, eps = stratified_levels(len(x0), 0, self.T + 1, x0.device), torch.randn_like(x0)
+        xt, eps, t = self._noised(x0, 0, self.T + 1)
         which = t if window is None else torch.randint(0, K, t.shape, device=t.device)
         levels = (t - which)[:, None] + torch.arange(K, device=t.device)                  # (B, K)
-        alpha, sigma = self._scales(t, x0)
-        return alpha * x0 + sigma * eps, eps, levels, which
+        return xt, eps, levels, which
 
     def loss_at(self, xt, eps, levels, which, w_ce=1.0, w_mse=1.0):
         """w_ce CE(l(x_t), t) + w_mse MSE(eps_hat, eps) at what `draw` gave.

@@ -6,7 +6,7 @@
     python mnist.py --device cuda                       the full run
     python mnist.py --dataset digits --quick            8x8 digits of scikit-learn, no download
 
-Read it for a classifier that can be asked about one level at a time, for a DDM of the same parts
+Read it for a classifier that is asked about one level at a time, for a DDM of the same parts
 (--model ddm), and for how bits/dim of 8-bit images are measured and certified. Results go to
 runs/: model.pt (checkpoint), weights.pt (small), log.csv, pictures. The method itself is in cdm.py.
 Not here: distributed training, data augmentation.
@@ -46,44 +46,41 @@ FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",  # MD5 o
          "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
 
-def parse_idx(data, name, md5):
+def parse_idx(data, md5):
     """The array in the bytes of an IDX file. ValueError if they are not what they should be."""
     digest = hashlib.md5(data).hexdigest()
-    if data[:3] != b"\0\0\x08" or digest != md5:
-        raise ValueError(f"{name} is damaged: {len(data)} bytes with MD5 {digest}, not {md5}")
+    if digest != md5:
+        raise ValueError(f"damaged: {len(data)} bytes with MD5 {digest}, not {md5}")
     axes = data[3]                                            # big-endian sizes, then the bytes
-    shape = np.frombuffer(data, ">i4", axes, 4)
-    return np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(shape)
+    return np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(
+        np.frombuffer(data, ">i4", axes, 4))
 
 
 def read_or_download(folder, name, md5, mirrors=MIRRORS):
     """One IDX array from folder/name or folder/name.gz, else from the first mirror that answers.
 
     SystemExit, with what to do, if a file there is damaged or no mirror gives a good one."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            try:
-                data = path.read_bytes()
-                return parse_idx(gzip.decompress(data) if path.suffix == ".gz" else data, path, md5)
-            except (EOFError, OSError, ValueError, zlib.error) as error:
-                raise SystemExit(f"{path} cannot be used ({error}). Delete it to fetch it anew.")
+    local = [path for path in (folder / name, folder / f"{name}.gz") if path.exists()]
     problems = []
-    for mirror in mirrors:
+    for source in local[:1] or [f"{mirror}{name}.gz" for mirror in mirrors]:
         try:
-            print(f"downloading {mirror}{name}.gz", flush=True)
-            with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=30) as reply:
-                packed = reply.read()
-            array = parse_idx(gzip.decompress(packed), f"{mirror}{name}.gz", md5)
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{name}.gz.part"
-            part.write_bytes(packed)
-            os.replace(part, folder / f"{name}.gz")               # all of it or nothing
+            if local:
+                data = source.read_bytes()
+            else:
+                print(f"downloading {source}", flush=True)
+                with urllib.request.urlopen(source, timeout=30) as reply:
+                    data = reply.read()
+            array = parse_idx(gzip.decompress(data) if f"{source}".endswith("gz") else data, md5)
+            if not local:                                         # all of it or nothing
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "part").write_bytes(data)
+                os.replace(folder / "part", folder / f"{name}.gz")
             return array
         except (EOFError, HTTPException, OSError, ValueError, zlib.error) as error:
-            problems.append(f"  {mirror}: {error}")
+            problems.append(f"  {source}: {error}")
     raise SystemExit("\n".join([
-        f"MNIST could not be downloaded ({name}.gz):", *problems,
-        f"Put these four files, with or without .gz, into {folder}/ (or name another --data):",
+        f"MNIST cannot be read ({name}):", *problems, "Delete a damaged file to fetch it anew, or "
+        f"put these four, with or without .gz, into {folder}/ (or name another --data):",
         *(f"  {f}" for f in FILES), "or run offline with --dataset digits."]))
 
 
@@ -94,13 +91,12 @@ def load_data(dataset, folder):
         order = np.random.default_rng(0).permutation(len(images))
         images = np.rint(images[order] * 255 / 16).astype(np.uint8)
         arrays = images[:1500], labels[order][:1500], images[1500:], labels[order][1500:]
-        held_out = 150
     else:
         arrays = [read_or_download(Path(folder), name, md5) for name, md5 in FILES.items()]
-        held_out = 5000
     x, y, test, test_y = (torch.from_numpy(a.copy()) for a in arrays)
     x, test, y, test_y = x[:, None], test[:, None], y.long(), test_y.long()
-    return (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), (test, test_y)
+    n = len(x) - (150 if dataset == "digits" else 5000)
+    return (x[:n], y[:n]), (x[n:], y[n:]), (test, test_y)
 
 
 def to_x0(images):
@@ -140,9 +136,8 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """A small U-Net, images (B, 1, H, W) and what it is told (B, 32) -> features (B, width, H/2,
-    W/2). Half of the resolution sees strokes, a quarter of it the whole digit. H and W are
-    multiples of 4."""
+    """A small U-Net: images (B, 1, H, W) and what it is told (B, 32) -> features (B, width, H/2,
+    W/2). At half the resolution it sees strokes, at a quarter the whole digit."""
 
     def __init__(self, shape, width):
         super().__init__()
@@ -178,12 +173,12 @@ def log_comb(x, alpha, sigma):
 
 
 class Shades(nn.Module):
-    """Features -> log p_t(x) / N(x; 0, I) of pixels x (B, d) that are independent given features.
+    """Features -> log p_t(x) / N(x; 0, I), (B,), of pixels x (B, d), each by itself.
 
-    A clean pixel is one of five shades that MNIST is full of, or from one of three Gaussians on the
-    lattice of grey values. Noise turns a shade c into N(alpha c, sigma^2), and a Gaussian N(m, v)
-    into N(alpha m, alpha^2 v + sigma^2) times the comb. As long as the features say nothing, a
-    pixel's weights are its own: how often it has which shade in the training images."""
+    A clean pixel has one of five greys that MNIST is full of, or is from one of three Gaussians on
+    the lattice of greys. Noise turns a grey c into N(alpha c, sigma^2), and a Gaussian N(m, v) into
+    N(alpha m, alpha^2 v + sigma^2) times the comb. At the start a pixel's weights are how often it
+    has which grey in the training images; the features then change them."""
 
     EXACT, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -213,27 +208,35 @@ class Shades(nn.Module):
         return (log_p + x * x / 2).sum((1, 2))
 
 
-class Network(nn.Module):
-    """What the CDM's network and the DDM's have in common: parts, levels and labels. Levels enter
-    by their noise alone, so that a trained network serves any number of them."""
+class DigitClassifier(nn.Module):
+    """Digits x (B, 1, H, W) of unknown levels, and their classes y (B,) if any -> log p_t(x) /
+    p_{T+1}(x), nats, at the levels that it is asked about, (B, n) -> (B, n).
+
+    The paper's network computes all T+2 logits at once; this one those in need. The trunk reads x
+    and does not know the question; the last convolution and the shades are told t. As pixels are
+    not all independent, a constant for each level, smooth in log-SNR, is learned beside. Levels
+    enter by their noise alone, so that a trained network serves any number of them."""
+
+    takes_levels = True
 
     def __init__(self, images, schedule, width):
         super().__init__()
         self.trunk, self.shades = Trunk(images.shape, width), Shades(images, width)
         self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
-        nn.init.zeros_(self.label.weight)
         self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
         self.last = nn.Conv2d(width, width, 3, padding=1)
+        self.constant = nn.Linear(32, 1, bias=False)
+        nn.init.zeros_(self.label.weight), nn.init.zeros_(self.constant.weight)
         alpha, sigma = (v.float() for v in schedule)
         log_snr = 2 * (alpha.clamp(min=1e-9) / sigma.clamp(min=1e-9)).log()
-        place = ((CLEANEST - log_snr) / (CLEANEST - NOISIEST)).clamp(0, 1)              # (T+2,)
-        phase = place[:, None] * torch.arange(1, 17) * (math.pi / 2)
+        depth = ((CLEANEST - log_snr) / (CLEANEST - NOISIEST)).clamp(0, 1)              # (T+2,)
+        phase = depth[:, None] * torch.arange(1, 17) * (math.pi / 2)
         self.register_buffer("waves", torch.cat([phase.sin(), phase.cos()], 1), persistent=False)
         self.register_buffer("alpha", alpha, persistent=False)    # level 0: a small width, not none
         self.register_buffer("sigma", torch.cat([sigma[1:2] / 3, sigma[1:]]), persistent=False)
 
     def class_of(self, x, y):
-        """The labels y (B,), or none, as vectors (B, 32). ValueError if there is no such class."""
+        """The labels y, or none, as vectors (B, 32). ValueError if there is no such class."""
         if y is None:
             y = torch.full((len(x),), CLASSES, device=x.device)
         elif not self.training and not (0 <= y.min() and y.max() <= CLASSES):
@@ -241,26 +244,10 @@ class Network(nn.Module):
         return self.label(y)
 
     def ask(self, features, x, t):
-        """log p_t(x) / N(x; 0, I) of pixels x (B, d) at the level t asked about."""
+        """log p_t(x) / N(x; 0, I) of pixels x (B, d) by their shades alone, told t (B,)."""
         h = self.norm1(features + self.level(self.waves[t])[:, :, None, None])
         h = self.norm2(features + self.last(F.silu(h)))
         return self.shades(F.silu(h), x, self.alpha[t], self.sigma[t])
-
-
-class DigitClassifier(Network):
-    """The CDM's: digits x (B, 1, H, W) of unknown levels -> log p_t(x) / p_{T+1}(x), nats, at the
-    levels t it is asked about, (B, n) -> (B, n).
-
-    The paper's network computes all T+2 logits at once. This one is asked for those in need: the
-    trunk, which does not know the question, reads x once; the last convolution and the shades are
-    told t. With a constant for each level, smooth in log-SNR, as independent pixels are not all."""
-
-    takes_levels = True
-
-    def __init__(self, images, schedule, width):
-        super().__init__(images, schedule, width)
-        self.constant = nn.Linear(32, 1, bias=False)
-        nn.init.zeros_(self.constant.weight)
 
     def forward(self, x, levels, y=None):
         n, t = levels.shape[1], levels.flatten()
@@ -270,42 +257,34 @@ class DigitClassifier(Network):
         return (ratio + constant).view(levels.shape)
 
 
-class DigitDenoiser(Network):
-    """The DDM's: every block is told the level t (B,) of x -> eps_hat like x, which is
-    -sigma_t grad log p_t of the pixels' shades, held fixed. Wider by sqrt(2), so that it costs as
+class DigitDenoiser(DigitClassifier):
+    """The DDM's network, of the same parts: all blocks are told the level t (B,) of x, and the
+    shades are held fixed: eps_hat = -sigma_t grad log p_t, like x. Wider by sqrt(2), it costs as
     much as the classifier's forward and backward pass."""
 
     def __init__(self, images, schedule, width):
         super().__init__(images, schedule, 4 * round(math.sqrt(2) * width / 4))
+        del self.constant
 
     def forward(self, x, t, y=None):
         features, pixels = self.trunk(x, self.waves[t] + self.class_of(x, y)), x.flatten(1)
         ratio, pull = torch.func.vjp(lambda pixels: self.ask(features, pixels, t), pixels)
-        eps_hat = self.sigma[t][:, None] * (pixels - pull(torch.ones_like(ratio))[0])
-        return eps_hat.view_as(x)
+        return (self.sigma[t][:, None] * (pixels - pull(torch.ones_like(ratio))[0])).view_as(x)
 
 
 # --------------------------------------------------------------------------------------- training
 
+W_CE, WINDOW, UNLABELLED = 0.02, 2, 0.5             # UNLABELLED: the share of rows that teach p(x)
+
 
 def wiener_error(images, schedule):
-    """The MSE of eps_hat of the best linear denoiser at every level, (T+2,), from the covariance of
-    the images: alpha^2 / sigma^2 times the mean over its eigenvalues s of s sigma^2 / (alpha^2 s +
-    sigma^2) (Wiener 1949). Level 0 has that of level 1, T+1 that of T."""
+    """The MSE of eps_hat of the best linear denoiser at every level, (T+2,): the mean, over the
+    eigenvalues s of the images' covariance, of alpha^2 s / (alpha^2 s + sigma^2) (Wiener 1949).
+    Levels 0 and T+1 have that of their neighbours."""
     s = torch.linalg.eigvalsh(to_x0(images).flatten(1).T.double().cov()).clamp(min=0)
     alpha, sigma = (v[1:-1, None] for v in schedule)
     error = (alpha ** 2 * s / (alpha ** 2 * s + sigma ** 2)).mean(1)
     return torch.cat([error[:1], error, error[-1:]])
-
-
-def pick_device(name):
-    """auto: cuda if there, else cpu. A device that is asked for and not there is an error."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
-        raise SystemExit(f"--device {name}: torch {torch.__version__} sees none; try --device cpu")
-    return torch.device(name)
 
 
 def build(config, images):
@@ -351,8 +330,8 @@ def load_model(path, dataset, images, device, T=None):
 
 def compiled(function, *example):
     """The function compiled; eager, with the same results, and said so, if that fails."""
-    print("compiling the loss (one to two minutes)", flush=True)
     try:
+        print("compiling the loss (one to two minutes)", flush=True)
         fast = torch.compile(function, fullgraph=True)
         fast(*example).total.backward()                              # its gradients are thrown away
         return fast
@@ -361,48 +340,36 @@ def compiled(function, *example):
         return function
 
 
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-W_CE, WINDOW, DROPPED = 0.02, 2, 0.5                      # DROPPED: share of rows without their label
-
-
-def start(args, config, model, ema, optimiser):
-    """Where training starts, 0 or the step of the checkpoint that --resume names, after making sure
-    that no longer run is lost. Returns the step."""
+def where_to_begin(args, config, *parts):
+    """The step to go on from, 0 if not --resume, after loading the parts: model, average, Adam.
+    SystemExit if that would be another run, or a new one would overwrite a longer one."""
     path = args.out / "model.pt"
+    kept = load(path) if args.resume or path.exists() else {}
     if not args.resume:
-        if path.exists() and load(path).get("step", 0) > args.steps:
-            raise SystemExit(f"{args.out} holds a longer run: --resume it, or name another --out")
+        if kept.get("step", 0) > args.steps:
+            raise SystemExit(f"{path} is of a longer run: --resume it, or name another --out")
         return 0
-    kept = load(path)
     if kept["config"] != config or "optimiser" not in kept:
         raise SystemExit(f"--resume: {path} was made with {kept['config']}, not {config}")
-    model.load_state_dict(kept["model"])
-    ema.load_state_dict(kept["ema"])
-    optimiser.load_state_dict(kept["optimiser"])
+    for part, name in zip(parts, ("model", "ema", "optimiser")):
+        part.load_state_dict(kept[name])
     return kept["step"]
 
 
-def train(args, config, images, labels, device):
+def train(args, config, images, labels):
     """Train; return the model with averaged weights (EMA). Checkpoint and log go to args.out."""
-    path, steps, batch = args.out / "model.pt", args.steps, args.batch
+    device, steps, path = args.device, args.steps, args.out / "model.pt"
     model = build(config, images).to(device)
-    ema = copy.deepcopy(model)
-    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    first = start(args, config, model, ema, optimiser)
+    ema, optimiser = copy.deepcopy(model), torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    first, begun = where_to_begin(args, config, model, ema, optimiser), time.time()
     wiener = wiener_error(images, model.schedule)     # each level's error counts relative to this
     weights = dict(w_mse=(wiener.mean() / wiener).float().to(device))
-    weights |= dict(w_ce=W_CE) if args.model == "cdm" else {}
-    window = (WINDOW,) if args.model == "cdm" else ()
+    weights, window = (weights | dict(w_ce=W_CE), [WINDOW]) if args.model == "cdm" else (weights, [])
     loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
-    if not args.no_compile and device.type == "cuda":
-        loss_at = compiled(loss_at, labels[:batch], *model.draw(to_x0(images[:batch]), *window))
-    log = open(args.out / "log.csv", "a" if first else "w")
-    log.write("" if first else "step,ce,mse,ms_per_step\n")
-    every, begun = max(1, min(100, steps // 20)), time.time()
+    if device.type == "cuda":                                     # on a CPU it gains nothing
+        n = args.batch
+        loss_at = compiled(loss_at, labels[:n], *model.draw(to_x0(images[:n]), *window))
 
     def checkpoint(step):
         save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
@@ -410,48 +377,49 @@ def train(args, config, images, labels, device):
 
     for step in range(first + 1, steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
-        rows = torch.randint(len(images), (batch,), device=device)        # a resumed run repeats it
-        dropped = torch.rand(batch, device=device) < DROPPED           # one network, p(x), p(x|y)
-        for group in optimiser.param_groups:                       # warm-up, then half a cosine
-            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            group["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
+        rows = torch.randint(len(images), (args.batch,), device=device)   # a resumed run repeats it
+        dropped = torch.rand(args.batch, device=device) < UNLABELLED
+        y = torch.where(dropped, CLASSES, labels[rows])
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)      # after warm-up, half a cosine
+        optimiser.param_groups[0]["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
-        loss = loss_at(torch.where(dropped, CLASSES, labels[rows]),
-                       *model.draw(to_x0(images[rows]), *window))
+        loss = loss_at(y, *model.draw(to_x0(images[rows]), *window))
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        if step % every == 0 or step == steps:
-            total, ce, mse, norm = (v.item() for v in (loss.total, loss.ce, loss.mse, norm))
-            if not math.isfinite(total + norm):
-                raise SystemExit(f"training diverged: loss {total} at step {step}. "
-                                 + (f"{path} is the last good checkpoint. " if path.exists() else "")
-                                 + "Try a lower --lr")
-            ms = 1000 * (time.time() - begun) / (step - first)     # .item() waited for the GPU
-            print(f"step {step:6d} of {steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} "
-                  f"ms/step   {clock((steps - step) * ms / 1000)} left", flush=True)
-            log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
-            log.flush()
+        if step % max(1, min(100, steps // 20)) == 0 or step == steps:
+            report(args, step, first, loss, norm, begun)           # stops if not finite
             checkpoint(step - 1)                                   # weights that just proved good
         optimiser.step()
         with torch.no_grad():                         # averages about the last tenth, or 1000 steps
             blend = max(0.001, 9 / (9 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), blend)
-    log.close()
     checkpoint(steps)
     half = {name: v.half() for name, v in ema.state_dict().items()}
     save(args.out / "weights.pt", config=config, ema=half)                 # small, to give away
-    return ema
+    return ema.eval()
+
+
+def report(args, step, first, loss, norm, begun):
+    """A line of progress, printed and logged. SystemExit if training has diverged."""
+    total, ce, mse = (v.item() for v in loss)                      # waits for the GPU: now the time
+    if not math.isfinite(total + norm.item()):
+        raise SystemExit(f"training diverged: loss {total} at step {step}. Try a lower --lr. The "
+                         f"last good checkpoint, if any, is {args.out / 'model.pt'}")
+    ms = 1000 * (time.time() - begun) / (step - first)
+    print(f"step {step:6d} of {args.steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} ms/step"
+          f"   {(args.steps - step) * ms / 60000:5.1f} min left", flush=True)
+    with open(args.out / "log.csv", "a" if step > 20 and step > args.steps // 20 else "w") as log:
+        log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
 
 
 # -------------------------------------------------------------------------------------- measuring
 
 
 def batches(function, images):
-    """function of a hundred images at a time, (B,), as one tensor; ValueError if not all finite."""
+    """function of a hundred images at a time, as one tensor (N,). SystemExit if not all finite."""
     values = torch.cat([function(k) for k in images.split(100)]).double().cpu()
     if not values.isfinite().all():
-        raise SystemExit(f"{len(values) - values.isfinite().sum()} of {len(values)} results are "
-                         "not finite: these weights cannot be measured")
+        raise SystemExit(f"{(~values.isfinite()).sum()} of {len(values)} likelihoods are not finite")
     return values
 
 
@@ -461,77 +429,69 @@ def likelihood(model, finer, images):
 
     What can make one pass wrong is its normaliser log Z alone: `finer`, the same network with more
     levels, measures it by annealing. ELBO and ODE stand beside it, as differences image by image."""
-    to_bits = 1 / (images[0].numel() * math.log(2))
-    one, few = isinstance(model, CDM), images[:500]
-    print(f"\n| {'bits/dim':34s} | images |   mean |   s.e. | seconds |\n"
-          f"| {'-' * 34} | ------ | ------ | ------ | ------- |")
+    to_bits, begun = 1 / (images[0].numel() * math.log(2)), time.time()
+    print(f"| {'bits/dim':36s} | images |   mean |   s.e. | seconds |\n"
+          f"| {'-' * 36} | ------ | ------ | ------ | ------- |")
 
-    def row(name, values, begun):
-        mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
-        print(f"| {name:34s} | {len(values):6d} | {mean:6.3f} | {error:6.3f} | "
+    def row(name, values, error=None):
+        nonlocal begun
+        mean, error = values.mean().item(), error or values.std().item() / len(values) ** 0.5
+        print(f"| {name:36s} | {len(values):6d} | {mean:6.3f} | {error:6.3f} | "
               f"{time.time() - begun:7.1f} |", flush=True)
+        begun = time.time()
         return mean, error
 
-    begun = time.time()
-    if one:
-        bits = batches(lambda k: bits_per_dim(model, k), images)
-        mean, error = row("one forward pass", bits, begun)
-        begun = time.time()
-    bound = batches(lambda k: bits_per_dim(model, k, "elbo", draws=model.T), few)
-    row("ELBO, an upper bound", bound, begun)
-    if not one:
+    bound = batches(lambda k: bits_per_dim(model, k, "elbo", draws=model.T), images[:500])
+    row("ELBO, an upper bound", bound)
+    if finer is None:
         return
-    row("the same less one pass, paired", bound - bits[:500], begun)
-    begun, few = time.time(), images[:40]
-    flow = batches(lambda k: bits_per_dim(model, k, "ode", probes=1), few)
-    row("probability-flow ODE less one pass", flow - bits[:40], begun)
-    begun, x0 = time.time(), to_x0(few)
+    bits = batches(lambda k: bits_per_dim(model, k), images)
+    mean, error = row("one forward pass", bits)
+    row("ELBO less one pass, paired", bound - bits[:500])
+    flow = batches(lambda k: bits_per_dim(model, k, "ode", probes=1), images[:40])
+    row("probability-flow ODE less one pass", flow - bits[:40])
+    x0 = to_x0(images[:40])
     x1 = finer.add_noise(x0, 1, torch.randn_like(x0))
     log_z, off, below, above = (v * to_bits for v in annealed_log_z(finer, x1))
-    if not math.isfinite(log_z + off):
-        raise SystemExit(f"log Z is {log_z} +- {off}: these weights cannot be measured")
-    print(f"| {'log Z, by annealing':34s} | {2 * len(few):6d} | {log_z:6.3f} | {off:6.3f} | "
-          f"{time.time() - begun:7.1f} |\n\nlog Z from below and above: {below:.3f}, {above:.3f} "
-          f"({finer.T} levels). One pass + log Z: {mean + log_z:.3f} +- "
-          f"{math.hypot(error, off):.3f} bits/dim.")
-    print("Certified: " * (off < 0.003) + verdict(log_z, off), flush=True)
+    batches(lambda _: torch.tensor([log_z + off]), images[:1])                     # is it a number?
+    row(f"log Z by annealing, {finer.T} levels", torch.full((len(x0),), log_z), off)
+    print(f"log Z from below and above: {below:.3f}, {above:.3f}. One pass + log Z: "
+          f"{mean + log_z:.3f} +- {math.hypot(error, off):.3f} bits/dim.\n{verdict(log_z, off)}")
 
 
 def verdict(log_z, off):
-    """In words, whether a one-pass value can be believed whose density integrates to exp(log_z)."""
-    if off >= 0.003:
-        return "Not certified: log Z is known too badly; more levels (--fine) will tell."
-    if abs(log_z) <= 0.01 + 2 * off:
-        return "the density integrates to 1 within 0.01 bits/dim, so one pass can be believed."
-    return f"one pass is {abs(log_z):.3f} too {'low' if log_z > 0 else 'high'}; quote it + log Z."
+    """In words: can one pass be believed, whose density integrates to exp(log_z +- off)?"""
+    if not off < 0.003:
+        return "Not certified: log Z is not known well enough; --fine gives it more levels."
+    if abs(log_z) < 0.01:
+        return "Certified: the density integrates to 1, within 0.01 bits/dim."
+    way = "low" if log_z > 0 else "high"
+    return f"Certified with log Z only: by itself one pass is {abs(log_z):.3f} bits/dim too {way}."
 
 
-class FeatureNet(nn.Module):
+class Judge(nn.Module):
     """A small classifier of digits, trained on the spot for its 64 features: not Inception's."""
 
     def __init__(self):
         super().__init__()
-        stages = [nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.BatchNorm2d(b), nn.SiLU())
-                  for a, b, stride in ((1, 32, 2), (32, 64, 2), (64, 64, 2))]
+        stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU())
+                  for a, b in ((1, 32), (32, 64), (64, 64))]
         self.body = nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(64), nn.SiLU())
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x0):
-        return self.head(self.body(x0))
+        self.head = nn.Linear(64, CLASSES)
 
     def fit(self, images, labels, steps=600):
-        self(to_x0(images[:2]))                                 # the lazy layer learns its size
+        self.body(to_x0(images[:2]))                            # the lazy layer learns its size
         optimiser = torch.optim.Adam(self.parameters(), 2e-3)
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             rows = torch.randint(len(images), (128,), device=images.device)
-            loss = F.cross_entropy(self(to_x0(images[rows])), labels[rows])
+            loss = F.cross_entropy(self.head(self.body(to_x0(images[rows]))), labels[rows])
             optimiser.zero_grad(), loss.backward(), optimiser.step()
         return self.eval()
 
     @torch.no_grad()
-    def judge(self, x0):
-        """Features (N, 64), and the share of images (N, ..) it is at least 90 % sure of."""
+    def look(self, x0):
+        """Features (N, 64), and the share of images of which it is at least 90 % sure."""
         features = torch.cat([self.body(part) for part in x0.split(500)])
         sure = self.head(features).softmax(1).amax(1) >= 0.9
         return features.cpu().double(), sure.float().mean().item()
@@ -546,22 +506,39 @@ def frechet(a, b):
 
 def quality(models, train_set, test_set, n):
     """Print how far n samples of each model and sampler are from the test digits."""
-    net = FeatureNet().to(test_set[0].device).fit(*train_set)
-    real, sure = net.judge(to_x0(test_set[0]))
-    floor, _ = net.judge(to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]))
-    print(f"\n| {n} samples | steps | Fréchet distance | recognised | ms each |\n"
-          "| ------------ | ----- | ---------------- | ---------- | ------- |\n"
-          f"| {'real digits':12s} |       | {frechet(floor, real):16.2f} | {100 * sure:8.1f} % | "
-          "        |")
+    judge = Judge().to(test_set[0].device).fit(*train_set)
+    real, sure = judge.look(to_x0(test_set[0]))
+    others, _ = judge.look(to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]))
+    print(f"\n| {n:5d} samples | steps | Fréchet distance | 90 % sure | ms each |\n"
+          "| ------------- | ----- | ---------------- | --------- | ------- |\n"
+          f"| real digits   |       | {frechet(others, real):16.2f} | {100 * sure:7.1f} % |         |")
     for name, model in models.items():
         for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
             begun = time.time()
-            x0 = [model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
-                  for i in range(0, n, 200)]
-            ms = 1000 * (time.time() - begun) / n
-            features, sure = net.judge(torch.cat(x0))
-            print(f"| {name + ', ' + method:12s} | {steps:5d} | {frechet(features, real):16.2f} | "
-                  f"{100 * sure:8.1f} % | {ms:7.1f} |", flush=True)
+            x0 = torch.cat([model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
+                            for i in range(0, n, 200)])
+            features, sure = judge.look(x0)
+            print(f"| {name}, {method:8s} | {steps:5d} | {frechet(features, real):16.2f} | "
+                  f"{100 * sure:7.1f} % | {1000 * (time.time() - begun) / n:7.1f} |", flush=True)
+
+
+@torch.no_grad()
+def classify(model, images, labels):
+    """Bayes' rule with ten equally likely classes: the y of the highest log p_t(x_t given y), at
+    log-SNR -0.3. With less noise a digit under a wrong label is like nothing seen in training."""
+    t = (2 * (model.schedule.alpha / model.schedule.sigma).log() + 0.3).abs().argmin().item()
+
+    def most_likely(k):
+        xt = model.add_noise(to_x0(k), t, torch.randn(k.shape, device=k.device))
+        classes = torch.arange(CLASSES, device=k.device)[:, None].expand(-1, len(k))
+        return torch.stack([model.given(y).log_prob(xt, t) for y in classes]).argmax(0)
+
+    right = (batches(most_likely, images) == labels).double().mean()
+    print(f"the class of highest log p_t(x_t given class), t = {t}, ten passes: {100 * right:.1f} % "
+          f"of {len(images)} images right", flush=True)
+
+
+# ---------------------------------------------------------------------------------------- figures
 
 
 def picture(ax, x0, title):
@@ -583,35 +560,32 @@ def show_samples(models, images, path):
     """A picture: real digits, and each model's from the same noise, free and class by class."""
     noise = torch.randn(100, *images.shape[1:], device=images.device)
     y = torch.arange(CLASSES, device=images.device).repeat_interleave(10)
-    fig, axes = plt.subplots(1, 1 + 2 * len(models), layout="constrained",
-                             figsize=(3 + 6 * len(models), 3.4))
+    fig, axes = plt.subplots(1, 1 + 2 * len(models), figsize=(3 + 6 * len(models), 3.3),
+                             layout="constrained")
     picture(axes[0], to_x0(images[:100]).unflatten(0, (10, -1)), "real digits")
-    for i, (name, model) in enumerate(models.items()):
-        for ax, given, title in ((axes[2 * i + 1], model, "drawn"),
-                                 (axes[2 * i + 2], model.given(y, 1.0), "one class a row")):
-            x0 = given.sample(None, model.T, "ddpm", xT=noise).clamp(-1, 1)
-            picture(ax, x0.unflatten(0, (10, 10)), f"{name}: {title}")
+    for pair, (name, model) in zip((axes[1:3], axes[3:]), models.items()):
+        for ax, one, title in zip(pair, (model, model.given(y, 1.0)), ("", ", a class a row")):
+            x0 = one.sample(None, model.T, "ddpm", xT=noise).clamp(-1, 1)
+            picture(ax, x0.unflatten(0, (10, 10)), f"{name}{title}")
     finish(fig, path)
 
 
 @torch.no_grad()
 def show_levels(model, image, path):
-    """A picture of what the classifier sees: x_t, its posterior over levels, how far the noise it
-    finds is off, and the denoised digit."""
-    levels = [max(1, round(share * model.T)) for share in (0.15, 0.4, 0.55, 0.7, 0.85, 1.0)]
+    """A picture of what the classifier sees of one digit at six levels."""
     every = torch.arange(model.T + 2, device=image.device)[None]
-    fig, axes = plt.subplots(4, len(levels), figsize=(9, 5.6), layout="constrained",
+    fig, axes = plt.subplots(4, 6, figsize=(9, 5.6), layout="constrained",
                              height_ratios=[1, 0.6, 1, 1])
-    for column, t in zip(axes.T, levels):
-        x0 = to_x0(image)
+    for column, share in zip(axes.T, (0.15, 0.4, 0.55, 0.7, 0.85, 1.0)):
+        x0, t = to_x0(image), max(1, round(share * model.T))
         eps = torch.randn_like(x0)
         xt = model.add_noise(x0, t, eps)
-        off = (model.predict_noise(xt, t) - eps).abs()
         picture(column[0], (xt / 2)[None], f"x_t, true level t = {t}")
         column[1].plot(model.log_ratio(xt, every)[0].softmax(0).cpu())
         column[1].axvline(t, color="grey", linestyle=":")
-        column[1].set(yticks=[], ylim=(0, None), xlabel="level")
+        column[1].set(yticks=[], xlabel="level", ylim=(0, None))
         column[1].set_title("p(level given x_t)", fontsize=9)
+        off = (model.predict_noise(xt, t) - eps).abs()
         picture(column[2], off[None] - 1, "error |eps_hat - eps|")
         picture(column[3], model.denoise(xt, t)[None], "denoised: x0_hat")
     finish(fig, path)
@@ -620,107 +594,69 @@ def show_levels(model, image, path):
 @torch.no_grad()
 def show_errors(models, images, train_images, path):
     """The paper's figures 4 and 5: the error at each level beside the other model's and the best
-    linear denoiser's, and the denoised pure noise: little can be told of it but the data mean."""
-    data_mean, x0 = to_x0(train_images).mean(0).to(images.device), to_x0(images)
-    schedule, eps = models["CDM"].schedule, torch.randn_like(x0)
-    levels = range(1, models["CDM"].T + 1, max(1, models["CDM"].T // 32))
-    log_snr = [2 * math.log(schedule.alpha[t] / schedule.sigma[t]) for t in levels]
-    wiener = wiener_error(train_images, schedule)[list(levels)].numpy()
-    fig = plt.figure(figsize=(11, 3.2), layout="constrained")
-    left, right = fig.subfigures(1, 2, width_ratios=[2, 1.1])
-    (ratio, linear), panels = left.subplots(1, 2), right.subplots(1 + len(models), 1)
-    picture(panels[0], data_mean[None, None], "mean of the data")
-    found = {}
-    for panel, (name, model) in zip(panels[1:], models.items()):
-        found[name] = np.array([F.mse_loss(model.predict_noise(
+    linear denoiser's, and the denoised pure noise, of which little can be told but the mean."""
+    mean, x0 = to_x0(train_images).mean(0).to(images.device), to_x0(images)
+    schedule, T, eps = models["CDM"].schedule, models["CDM"].T, torch.randn_like(x0)
+    levels = list(range(1, T + 1, max(1, T // 32)))
+    log_snr = 2 * (schedule.alpha / schedule.sigma).log()[levels]
+    fig, axes = plt.subplots(1, 5, figsize=(12, 3), width_ratios=[3, 3, 1, 1, 1],
+                             layout="constrained")
+    errors = {"linear": wiener_error(train_images, schedule)[levels].numpy()}
+    picture(axes[2], mean[None, None], "mean digit")
+    for ax, (name, model) in zip(axes[3:], models.items()):
+        errors[name] = np.array([F.mse_loss(model.predict_noise(
             model.add_noise(x0, t, eps), t), eps).item() for t in levels])
-        x0_hat = model.denoise(eps[:6], model.T)
-        picture(panel, x0_hat[None], f"{name}'s x0_hat of pure noise")
-        off = F.mse_loss(x0_hat, data_mean.expand_as(x0_hat)) ** 0.5
-        worst = (found[name] / wiener).max()
-        print(f"{name}: MSE of eps_hat {found[name].mean():.4f}, at worst {worst:.3f} of the best "
-              f"linear denoiser's; denoised pure noise is {off:.3f} (rms) from the data mean")
-        linear.plot(log_snr, found[name] / wiener, label=name)
-    both = found["CDM"] / found["DDM"]
-    print(f"MSE CDM / DDM: mean of levels {both.mean():.3f}, worst {both.max():.3f}")
-    ratio.plot(log_snr, both, color="black")
-    ratio.set_title("MSE of eps_hat, CDM / DDM (below 1: CDM better)", fontsize=9)
-    linear.set_title("MSE / that of the best linear denoiser", fontsize=9)
-    linear.legend()
-    for ax in (ratio, linear):
+        x0_hat = model.denoise(eps[:100], T)
+        picture(ax, x0_hat[:3, None], f"{name}: x0_hat\nof pure noise")
+        ratio = errors[name] / errors["linear"]
+        axes[1].plot(log_snr, ratio, label=name)
+        print(f"{name}: MSE of eps_hat at worst {ratio.max():.3f} of the best linear denoiser's; "
+              f"pure noise denoised is {F.mse_loss(x0_hat, mean.expand_as(x0_hat)) ** 0.5:.3f} "
+              "(rms) from the mean digit")
+    ratio = errors["CDM"] / errors["DDM"]
+    print(f"MSE of eps_hat, CDM / DDM: mean {ratio.mean():.3f}, at worst {ratio.max():.3f}")
+    axes[0].plot(log_snr, ratio, color="black")
+    axes[1].legend()
+    for ax, title in zip(axes, ("MSE of eps_hat, CDM / DDM", "MSE / best linear denoiser's")):
         ax.axhline(1, color="grey", linewidth=0.5)
-        ax.set_xlabel("log-SNR (left: noise)")
+        ax.set(xlabel="log-SNR (left: noise)", title=title)
     finish(fig, path)
 
 
-@torch.no_grad()
-def classify(model, images, labels):
-    """Bayes' rule with ten equally likely classes: the y of the highest log p_t(x_t given y).
-
-    t: log-SNR -0.3, which was best on validation digits. Where noise is low, a digit under a wrong
-    label is like nothing seen in training; where it is high, nothing is left to tell."""
-    t = (2 * (model.schedule.alpha / model.schedule.sigma).log() + 0.3).abs().argmin().item()
-
-    def most_likely(k):
-        xt = model.add_noise(to_x0(k), t, torch.randn_like(to_x0(k)))
-        classes = torch.arange(CLASSES, device=k.device)[:, None].expand(-1, len(k))
-        return torch.stack([model.given(y).log_prob(xt, t) for y in classes]).argmax(0)
-
-    right = (batches(most_likely, images) == labels.cpu()).double()
-    print(f"class of the highest log p_t(x_t given y), t = {t}, ten passes: {100 * right.mean():.1f} "
-          f"% of {len(images)} images right", flush=True)
+# ------------------------------------------------------------------------------------------- main
 
 
-# -------------------------------------------------------------------------------------- benchmark
-
-
-def milliseconds(work, device, repeats=7):
-    """Median time of work(), after two calls to warm up."""
-    times = []
-    for _ in range(2 + repeats):
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - begun))
-    return np.median(times[2:])
-
-
-def benchmark(model, images, args):
-    """Print what the work of a CDM costs, and the same of a DDM or of other ways to a likelihood."""
-    batch, device = args.batch, args.device
-    x0, k, width = to_x0(images[:batch]).to(device), images[:40].to(device), args.width
-    make = lambda family, T: build(dict(model=family, T=T, width=width), images).to(device)
-    ddm, finer = make("ddm", model.T), make("cdm", 1000)
+def benchmark(model, ddm, finer, images):
+    """Print what the work of a CDM takes, and beside it a DDM's, or other ways to a likelihood."""
+    x0, k = to_x0(images), images[:40]
 
     def step(m, *window):
-        """Loss and gradients of a batch, compiled or not; no optimiser."""
-        loss_at = m.loss_at if args.no_compile else compiled(m.loss_at, *m.draw(x0, *window))
-        return lambda: loss_at(*m.draw(x0, *window)).total.backward()
+        """Loss and gradients of a batch, compiled on a GPU."""
+        fast = compiled(m.loss_at, *m.draw(x0, *window)) if x0.is_cuda else m.loss_at
+        return lambda: fast(*m.draw(x0, *window)).total.backward()
 
-    def row(what, work, beside, other):
-        mine, its = milliseconds(work, device), milliseconds(other, device)
-        print(f"| {what:22s} | {mine:8.1f} | {beside:22s} | {its:8.1f} | {its / mine:7.3g} |",
-              flush=True)
+    def ms(work):
+        times = []
+        for _ in range(9):
+            begun = time.perf_counter()
+            work()
+            torch.cuda.synchronize() if x0.is_cuda else None
+            times.append(1000 * (time.perf_counter() - begun))
+        return np.median(times[2:])
 
-    print(f"batch {batch}, T = {model.T}, width {width}; likelihoods and samples of {len(k)} images")
-    mine = step(model, WINDOW)
-    others = step(ddm), step(finer, WINDOW), step(model)
-    print(f"\n| {'a CDM takes':22s} | {'ms':8s} | {'beside':22s} | {'ms':8s} | ratio   |\n"
-          f"| {'-' * 22} | -------- | {'-' * 22} | -------- | ------- |")
-    for name, other in zip(("a DDM's", "the same at T = 1000", "all levels, no window"), others):
-        row("training step", mine, name, other)
-    for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
-        drawn = [lambda m=m: m.sample(k.shape, steps, method) for m in (model, ddm)]
-        row(f"sampling, {method}", drawn[0], f"a DDM's, {steps} steps", drawn[1])
-    one_pass = lambda: bits_per_dim(model, k)
-    row("likelihood, one pass", one_pass, f"ELBO, {model.T} levels",
-        lambda: bits_per_dim(model, k, "elbo", draws=model.T))
-    row("likelihood, one pass", one_pass, "ODE, one probe",
-        lambda: bits_per_dim(model, k, "ode", probes=1))
-
-
-# ------------------------------------------------------------------------------------------- main
+    bits = lambda *by, **options: lambda: bits_per_dim(model, k, *by, **options)
+    draw = lambda m: lambda: m.sample(k.shape, m.T)
+    mine, one_pass = step(model, WINDOW), bits()
+    print("\n| a CDM's | ms | beside | ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for name, work, beside, other in (
+            (f"training step of {len(x0)}", mine, "DDM", step(ddm)),
+            ("training step", mine, f"at T = {finer.T}, not {model.T}", step(finer, WINDOW)),
+            ("training step", mine, "CE over all levels", step(model)),
+            (f"{len(k)} samples, {model.T} steps", draw(model), "DDM", draw(ddm)),
+            (f"{len(k)} likelihoods", one_pass, "ELBO", bits("elbo", draws=model.T)),
+            (f"{len(k)} likelihoods", one_pass, "ODE", bits("ode", probes=1))):
+        a, b = ms(work), ms(other)
+        print(f"| {name} | {a:.1f} | {beside} | {b:.1f} | {b / a:.3g} |", flush=True)
 
 
 def arguments():
@@ -730,99 +666,98 @@ def arguments():
     add("--model", choices=("cdm", "ddm"), help="ddm: told the level, to compare (cdm)")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda, else cpu")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda or cpu")
     add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
     add("--out", type=Path, help="folder for results (runs/ and what the run is)")
     add("--weights", type=Path, help="measure this checkpoint, no training")
     add("--beside", type=Path, help="checkpoint of a DDM to compare a CDM with, or the reverse")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--benchmark", action="store_true", help="time a CDM beside a DDM, nothing else")
+    add("--benchmark", action="store_true", help="also time the trained CDM beside the DDM")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--images", type=int, help="how many of them (10000, quick 500)")
-    add("--samples", type=int, help="samples for the Fréchet distance (GPU 10000, CPU 1000,\n"
-        "quick 500; 0: none)")
+    add("--samples", type=int, help="for the Fréchet distance (GPU 10000, CPU 1000, quick 500)")
     add("--fine", type=int, help="levels for log Z (1024, quick 256)")
     add("--steps", type=int, help="training steps (20000, quick 500)")
-    add("--batch", type=int, help="images per step (GPU 256, else 64)")
+    add("--batch", type=int, help="images a step (GPU 256, else 64)")
     add("--width", type=int, help="channels, a multiple of 8 (GPU 64, else 32)")
     add("--T", type=int, help="noise levels (64; with --weights: as many as you like)")
     add("--lr", type=float, help="peak learning rate (0.002, quick 0.004)")
-    add("--no-compile", action="store_true", help="do not compile the loss")
     add("--seed", type=int, default=0)
     args = p.parse_args()
-    args.device, name = pick_device(args.device), f"{args.dataset}_{args.model or 'cdm'}"
-    trains = "model", "steps", "batch", "width", "lr", "resume", "no_compile"
-    ignored = [f"--{n.replace('_', '-')}" for n in trains if getattr(args, n) and args.weights]
-    if ignored or args.weights and args.benchmark:
-        p.error(f"--weights measures: no {', '.join(ignored) or '--benchmark'}")
-    gpu = args.device.type == "cuda"
+    ignored = [f"--{name}" for name in ("model", "resume", "steps", "batch", "width", "lr")
+               if getattr(args, name)]
+    if args.weights and ignored:
+        p.error(f"--weights measures and does not train: no {', '.join(ignored)}")
+    gpu = (args.device if args.device != "auto" else "cuda") == "cuda" and torch.cuda.is_available()
+    run = f"{args.dataset}_{args.model or 'cdm'}"
     full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=1024, steps=20000,
                 batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002,
-                out=Path("runs") / ("measured" if args.weights else name))
+                out=Path("runs", "measured" if args.weights else run))
     quick = full | dict(images=500, samples=500, fine=256, steps=500, batch=64, width=32, lr=0.004,
-                        out=Path("runs") / f"{name}_quick")
+                        out=Path("runs", "measured" if args.weights else f"{run}_quick"))
     for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    bounds = dict(images=2, samples=0, fine=2, steps=1, batch=1, width=8, T=2, seed=0)
-    for name, least in bounds.items():
-        if getattr(args, name) is not None and getattr(args, name) < least:
+    for name, least in dict(images=100, samples=2, fine=2, steps=1, batch=1, width=8, seed=0).items():
+        if not least <= getattr(args, name) < 2 ** 31:
             p.error(f"--{name} must be at least {least}")
-    if args.samples == 1 or args.width % 8 or not 0 < args.lr < math.inf or args.seed >= 2 ** 31:
-        p.error("--samples must not be 1, --width a multiple of 8, --lr positive, --seed < 2^31")
+    if args.width % 8 or not 0 < args.lr < math.inf or args.T is not None and args.T < 2:
+        p.error("--width must be a multiple of 8, --lr positive, --T at least 2")
+    if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
+        p.error(f"--device {args.device}: torch {torch.__version__} sees none; try --device cpu")
+    args.device = torch.device(("cuda" if gpu else "cpu") if args.device == "auto" else args.device)
     return args
 
 
 def main():
     args = arguments()
-    device = args.device
     torch.manual_seed(args.seed)
     train_set, validation, test = load_data(args.dataset, args.data)
     images = train_set[0]
-    print(f"torch {torch.__version__} on {device}; {len(images)} training images of "
-          f"{images.shape[2]}x{images.shape[3]} pixels")
-    config = {n: getattr(args, n) for n in "model dataset width steps batch lr seed".split()}
-    config["T"] = args.T or 64
-    if args.benchmark:
-        return benchmark(build(config, images).to(device), images, args)
-    beside = args.beside and load_model(args.beside, args.dataset, images, device, args.T)
+    print(f"torch {torch.__version__} on {args.device}; {len(images)} training images of "
+          f"{images.shape[2]}x{images.shape[3]} pixels", flush=True)
+    beside = args.beside and load_model(args.beside, args.dataset, images, args.device, args.T)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / ".part").touch(), (args.out / ".part").unlink()
+        if args.weights:
+            model = load_model(args.weights, args.dataset, images, args.device, args.T)
+        else:
+            config = {n: getattr(args, n) for n in "model dataset width steps batch lr seed".split()}
+            model = train(args, config | dict(T=args.T or 64), *train_set)
+        models = {type(m).__name__: m for m in (model, beside) if m}
+        if beside and (len(models) < 2 or beside.T != model.T):
+            raise SystemExit("--beside compares one CDM with one DDM of as many levels")
+        torch.manual_seed(args.seed)
+        held_out = validation if args.split == "validation" else test
+        measure(args, models, *([v.to(args.device) for v in part] for part in (train_set, held_out)))
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped. If {args.out / 'model.pt'} is there, --resume goes on from it")
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"out of memory: a lower --batch or --width needs less ({error})")
     except OSError as error:
         raise SystemExit(f"--out {args.out} cannot be written to: {error}")
-    if args.weights:
-        model = load_model(args.weights, args.dataset, images, device, args.T)
-    else:
-        model = train(args, config, *train_set, device).eval()
-    models = {type(m).__name__: m for m in (model, beside) if m}
-    if beside and (len(models) < 2 or beside.T != model.T):
-        raise SystemExit("--beside compares one CDM with one DDM of as many levels")
-    measure(args, models, train_set, validation if args.split == "validation" else test)
 
 
 def measure(args, models, train_set, held_out):
-    """One screen of tables and the pictures of the run."""
-    device, images = args.device, held_out[0][:args.images].to(args.device)
-    torch.manual_seed(args.seed)
+    """One screen of tables, and the pictures of the run."""
+    images, labels = (v[:args.images] for v in held_out)
     show_samples(models, images, args.out / "samples.png")
+    finer = None
     for name, model in models.items():
-        print(f"\n{name}: {sum(p.numel() for p in model.parameters())} weights")
-        finer = None
+        print(f"\n{name}: {sum(p.numel() for p in model.parameters())} weights, T = {model.T}")
         if name == "CDM":                                       # its network serves any T
             config = dict(model="cdm", T=args.fine, width=model.net.level.out_features)
-            finer = build(config, train_set[0]).to(device)
+            finer = build(config, train_set[0]).to(args.device).eval()
             finer.load_state_dict(model.state_dict())
-        likelihood(model, finer, images)
+            show_levels(model, images[:1], args.out / "levels.png")
+        likelihood(model, finer if name == "CDM" else None, images)
     if "CDM" in models:
-        show_levels(models["CDM"], images[:1], args.out / "levels.png")
-        classify(models["CDM"], images[:1000], held_out[1][:args.images][:1000])
+        classify(models["CDM"], images[:1000], labels[:1000].cpu())
     if len(models) == 2:
         show_errors(models, images[:500], train_set[0], args.out / "errors.png")
-    if args.samples:
-        quality(models, [v.to(device) for v in train_set], [v.to(device) for v in held_out],
-                args.samples)
+    quality(models, train_set, held_out, args.samples)
+    if args.benchmark and len(models) == 2:
+        benchmark(models["CDM"], models["DDM"], finer, train_set[0][:args.batch])
 
 
 if __name__ == "__main__":
