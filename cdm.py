@@ -45,9 +45,7 @@ def _schedule(T, inner):
 
 def ddpm_schedule(T=1000):
     """Ho et al. 2020: beta from 1e-4 to 0.02 over 1000 steps, alpha_t^2 = product of (1 - beta).
-
-    With T levels each step stands for 1000/T of theirs, so beta acts as a rate: its factor is
-    (1 - beta)^(1000/T), which ends at alpha_T^2 = 4e-5 whatever T is."""
+    With T levels each stands for 1000/T steps, so that alpha_T^2 = 4e-5 whatever T is."""
     def inner(t):
         beta = 1e-4 + (0.02 - 1e-4) * (t - 1) / (T - 1)
         log_alpha2 = 1000 / T * torch.log1p(-beta).cumsum(0)
@@ -66,9 +64,8 @@ def ot_schedule(T=1000):
 
 
 def log_snr_schedule(T=256, first=13.0, last=-8.0):
-    """log(alpha_t^2 / sigma_t^2) falls linearly from `first` at t = 1 to `last` at t = T.
-
-    Neighbours then overlap equally well at every noise level, which is what a classifier needs."""
+    """log(alpha_t^2 / sigma_t^2) falls linearly from `first` at t = 1 to `last` at t = T, so that
+    neighbours overlap equally well at every noise level, which is what a classifier needs."""
     if not first > last:
         raise ValueError(f"log-SNR must fall: first {first} is not above last {last}")
     def inner(t):
@@ -78,8 +75,8 @@ def log_snr_schedule(T=256, first=13.0, last=-8.0):
 
 
 def stratified_levels(B, low, high, device=None):
-    """B sorted levels (B,) from low .. high. One uniform draw serves the batch, so that every level
-    gets its fair share: less variance than independent draws. Rows must come in random order."""
+    """B sorted levels (B,) from low .. high; one random number serves all, so that every level gets
+    its fair share: less variance than independent draws. Rows must come in random order."""
     n = high - low + 1
     spread = (torch.arange(B, device=device) + torch.rand((), device=device)) / B * n
     return low + spread.long().clamp(max=n - 1)              # float32 can round the product up to n
@@ -102,7 +99,6 @@ class Loss(NamedTuple):
 
 class Diffusion(nn.Module):
     """Noising, denoising and samplers: they need only predict_noise(xt, t), which a subclass gives.
-
     Wherever a level t is asked for, it is an int or a long tensor (B,); else ValueError."""
 
     y, guidance = None, 0.0                                          # class labels: see given()
@@ -151,8 +147,8 @@ class Diffusion(nn.Module):
         return [v.to(x)[t].reshape(-1, *[1] * (x.dim() - 1)) for v in tables]
 
     def loss(self, x0, window=None, **weights):
-        """The training loss of clean data x0 (B, ...) at random levels. Its halves stand alone so
-        that the second can be compiled to the same numbers: only `draw` is random."""
+        """The training loss of clean data x0 (B, ...) at random levels. Only `draw` is random, so
+        that `loss_at` can be compiled to the same numbers."""
         drawn = self.draw(x0) if window is None else self.draw(x0, window)
         return self.loss_at(*drawn, **weights)
 
@@ -162,15 +158,15 @@ class Diffusion(nn.Module):
 
         method: "ddpm" (ancestral, Ho et al. 2020), "ddim" (deterministic, Song et al. 2021) or
         "dpm" (DPM-Solver++ 2M, Lu et al. 2022). xT: the starting noise in place of a fresh N(0, I)
-        draw; it then sets shape, device and dtype. Each step goes from a level t to any lower level
-        s, so every number of steps from 1 to T is right. ValueError for others."""
+        draw; it then sets shape, device and dtype. Every number of steps from 1 to T is right, as a
+        step goes from a level t to any lower one, s. ValueError for others."""
         if method not in ("ddpm", "ddim", "dpm"):
             raise ValueError(f"method must be 'ddpm', 'ddim' or 'dpm', got {method!r}")
         if not isinstance(steps, int) or not 1 <= steps <= self.T:
             raise ValueError(f"steps must be an int in 1 .. T = {self.T}, got {steps!r}")
         if xT is None:
             xT = torch.randn(shape, device=self.alpha.device, dtype=self.alpha.dtype)
-        x, alpha, sigma = xT, self.schedule.alpha.tolist(), self.schedule.sigma.tolist()
+        x, alpha, sigma = xT, *(v.tolist() for v in self.schedule)
         levels = [self.T - i * self.T // steps for i in range(steps + 1)]               # T .. 0
         last_x0, last_h = None, None
         for t, s in zip(levels, levels[1:]):
@@ -193,10 +189,9 @@ class Diffusion(nn.Module):
     def given(self, y, guidance=0.0):
         """The same model of p(x given y), for the class labels y, long (B,), of the B rows to come.
 
-        The net is called as net(.., y=y); without y it means "any class". guidance w (Ho, Salimans
-        2022) overstates what labels change in a CDM's log-ratios or a DDM's eps_hat: out(y) +
-        w (out(y) - out()). 0 is p(x given y); above 0: more typical of y, but no density.
-        ValueError if y is not long (B,)."""
+        The net is called as net(.., y=y), and without y for "any class". guidance w (Ho, Salimans
+        2022) overstates what labels change in its output, out(y) + w (out(y) - out()): 0 is p(x
+        given y), more is more typical of y, but no density. ValueError if y is not long (B,)."""
         if not isinstance(y, torch.Tensor) or y.dtype != torch.long or y.dim() != 1:
             raise ValueError(f"labels y must be a long tensor (B,), got {y!r}")
         model = object.__new__(type(self))                   # shares everything but y and guidance
@@ -214,7 +209,7 @@ class Diffusion(nn.Module):
 
     def _noised(self, x0, low, high):
         """What a training step sees: xt, eps and levels t (B,), stratified over low .. high.
-        ValueError for a model with guidance, whose output is no density to be taught."""
+        ValueError for a guided model: it is no density to be taught."""
         if self.guidance:
             raise ValueError("a model must be trained without guidance")
         t, eps = stratified_levels(len(x0), low, high, x0.device), torch.randn_like(x0)
@@ -223,7 +218,7 @@ class Diffusion(nn.Module):
 
     @staticmethod
     def _errors(eps_hat, eps, t, w_mse):
-        """The mean squared error, and the same weighted by w_mse: a number, or one a level (T+2,)."""
+        """The mean squared error, and the same times w_mse, a number or one a level (T+2,)."""
         error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
         weight = w_mse[t] if isinstance(w_mse, torch.Tensor) else w_mse
         return error.mean().detach(), (weight * error).mean()
@@ -251,24 +246,24 @@ class DDM(Diffusion):
 class CDM(Diffusion):
     """A classification diffusion model: to guess the level is the net's task.
 
-    net, any callable, so that an exact classifier can stand in, is of one of two kinds:
+    net, any callable (an exact classifier can stand in), is of one of two kinds:
         net(x) -> logits (B, T+2) of all levels at once, as in the paper;
-        net(x, levels) -> log p_t(x) / p_{T+1}(x) at the levels t that it is asked for, (B, n) ->
-        (B, n). It has an attribute takes_levels = True. A logit that knows which question it
-        answers does not know the answer: nobody labels x, so this is as much a classifier.
+        net(x, levels) -> log p_t(x) / p_{T+1}(x) at the levels t it is asked for, (B, n) -> (B, n),
+        and has an attribute takes_levels = True. To know which question it answers is not to know
+        the answer: nobody labels x, so it is as much a classifier.
     Rows must not influence each other (no BatchNorm), and the second derivative must not vanish
     (SiLU, not ReLU)."""
 
     def log_ratio(self, x, levels):
         """log p_t(x) / p_{T+1}(x) = l_t(x) - l_{T+1}(x), nats, at levels t: (B, n) -> (B, n).
 
-        Bayes' rule, t being uniform. The one place that knows which kind the network is of.
+        Bayes' rule, t being uniform; the one place that knows of which kind the network is.
         ValueError if its output has another shape."""
         asked = getattr(self.net, "takes_levels", False)
         out = self._net(x, levels) if asked else self._net(x)
         shape = levels.shape if asked else (len(x), self.T + 2)
         if out.shape != shape:
-            raise ValueError(f"net must give logits of shape {tuple(shape)}, got {tuple(out.shape)}")
+            raise ValueError(f"net must give logits {tuple(shape)}, got {tuple(out.shape)}")
         return out if asked else out.gather(1, levels) - out[:, -1:]
 
     def log_prob(self, x, t=0):
@@ -276,23 +271,23 @@ class CDM(Diffusion):
         log_ratio = self.log_ratio(x, self._levels(t, x)[:, None])[:, 0]
         return log_ratio + log_normal(x)                                       # p_{T+1} = N(0, I)
 
-    def ratio_and_noise(self, xt, levels, which):
+    def ratio_and_noise(self, xt, levels, which=None):
         """Theorem 3.1, the one place where the classifier is differentiated: the log-ratios at
-        levels (B, n), and eps_hat at one of them, the one with the index `which` (B,).
+        levels (B, n), and eps_hat at one of them, with the index `which` (B,) or the first.
 
         E[eps | x_t] = -sigma_t grad log p_t (Tweedie), p_t = ratio times N(0, I), and the gradient
-        of log N(x; 0, I) is -x. vjp rather than autograd.grad: it can be compiled, it stays
-        differentiable in the weights (training), and under no_grad it keeps no graph of them."""
+        of log N(x; 0, I) is -x. vjp, unlike autograd.grad, can be compiled; it stays differentiable
+        in the weights (training), and under no_grad it keeps no graph of them (sampling)."""
+        which = torch.zeros_like(levels[:, 0]) if which is None else which
         log_ratio, pull = torch.func.vjp(lambda x: self.log_ratio(x, levels), xt)         # (B, n)
         one = F.one_hot(which, levels.shape[1]).to(log_ratio)
         (grad,) = pull(one)                  # (B, ...) in one backward pass: rows are independent
-        _, sigma = self._scales(levels.gather(1, which[:, None])[:, 0], xt)              # (B, 1, ..)
-        return log_ratio, sigma * (xt - grad)
+        _, sigma = self._scales(levels.gather(1, which[:, None])[:, 0], xt)               # (B, 1..)
+        return log_ratio, sigma * (xt - grad)                                              # (B, ..)
 
     def predict_noise(self, xt, t):
         """Theorem 3.1: eps_hat = sigma_t (xt - grad_x [l_t(xt) - l_{T+1}(xt)])."""
-        t = self._levels(t, xt)
-        return self.ratio_and_noise(xt, t[:, None], torch.zeros_like(t))[1]
+        return self.ratio_and_noise(xt, self._levels(t, xt)[:, None])[1]
 
     def draw(self, x0, window=None):
         """xt, eps, levels (B, K) and which of them (B,) a row of xt has: one training step's.
@@ -338,16 +333,15 @@ def elbo(model, x0, draws=4):
     """Lower bound on E[log p_1(x_1) given x_0], nats (B,), from `draws` random levels per row.
 
     -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
-    q(x_1|x_0) (Kingma et al. 2021), the integral over levels 1 .. T by the trapezoid rule; it errs
-    where levels are over 1 apart in log-SNR. A row's levels are stratified: draws = T takes each
-    once. It uses the denoiser alone: loose by its error, and blind to the constants. ValueError if
-    draws < 1."""
+    q(x_1|x_0) (Kingma et al. 2021), the integral by the trapezoid rule, levels at most 1 apart. A
+    row's levels are stratified: draws = T takes each once. It uses the denoiser alone: loose by its
+    error, and blind to the constants. ValueError if draws < 1."""
     if draws < 1:
         raise ValueError(f"draws must be 1 or more, got {draws!r}")
     alpha, sigma = (v[1:-1].to(x0.dtype) for v in model.schedule)                         # (T,)
     log_snr, d = 2 * (alpha / sigma).log(), x0[0].numel()
     width = (torch.cat([log_snr[:1], log_snr[:-1]]) - torch.cat([log_snr[1:], log_snr[-1:]])) / 2
-    weight, integral = (width / 2).to(x0), 0
+    weight, integral = width.to(x0) / 2, 0
     start = (torch.randperm(len(x0)) + torch.rand(len(x0))).to(x0.device) / len(x0)   # in 0 .. 1
     for i in range(draws):
         t = 1 + ((i + start) / draws * model.T).long().clamp(max=model.T - 1)
@@ -371,7 +365,7 @@ def ode_log_prob(model, x, t=1, probes=0):
     if not isinstance(t, int) or not 1 <= t < model.T or probes < 0:
         raise ValueError(f"t must be an int in 1 .. T-1 = {model.T - 1}, probes 0 or more, "
                          f"got {t!r}, {probes!r}")
-    alpha, sigma, d = model.schedule.alpha.tolist(), model.schedule.sigma.tolist(), x[0].numel()
+    alpha, sigma, d = *(v.tolist() for v in model.schedule), x[0].numel()
     if probes:
         vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
     else:
@@ -399,42 +393,40 @@ def annealed_log_z(model, x1):
     value, standard error, and a bracket of it from below and from above.
 
     Annealed importance sampling (Neal 2001) both ways between N(0, I) and x1 (n, ...), data at
-    level 1: n chains take the model's DDPM steps down, n chains are noised up from x1, and their
-    log-weights w gather how much likelier a path is the other way. Down, E[exp w] = Z, so that mean
-    w lies below log Z; up, as far as data follow p_1, E[exp -w] = 1/Z, and above. More levels bring
-    them together. Bennett's acceptance ratio (1976) joins both with least variance. Where hardly
-    any chains overlap, half of the bracket is its error. ValueError: no CDM, or n < 2."""
+    level 1: n chains take the model's DDPM steps down, n are noised up from x1, and log-weights w
+    gather how much likelier each path is the other way. Down, E[exp w] = Z, so mean w lies below
+    log Z; up, as far as data follow p_1, E[exp -w] = 1/Z, and above. More levels narrow the gap.
+    Bennett's acceptance ratio (1976) joins both with least variance; where fewer than 3 chains
+    overlap, half of the bracket is its error. ValueError: no CDM, or n < 2."""
     if not hasattr(model, "log_prob") or len(x1) < 2:
         raise ValueError(f"log Z needs a CDM and two samples or more, got {type(model)}, {len(x1)}")
-    alpha, sigma = model.schedule.alpha.tolist(), model.schedule.sigma.tolist()
+    alpha, sigma, d = *(v.tolist() for v in model.schedule), x1[0].numel()
 
     def at(x, t):
         """log p_t(x) and its gradient."""
-        t = model._levels(t, x)
-        ratio, eps_hat = model.ratio_and_noise(x, t[:, None], torch.zeros_like(t))
-        return ratio[:, 0] + log_normal(x), -eps_hat / model._scales(t, x)[1]
+        ratio, eps_hat = model.ratio_and_noise(x, model._levels(t, x)[:, None])
+        return ratio[:, 0] + log_normal(x), -eps_hat / sigma[t]
 
-    def log_weights(x, down):
-        levels = range(model.T, 0, -1) if down else range(1, model.T + 1)
+    def log_weights(x, levels, down):
         log_p, grad = at(x, levels[0])
         w = log_p - log_normal(x) if down else 0
         for t, s in zip(levels, levels[1:]):
-            low, high = sorted((t, s))
+            low, high = min(t, s), max(t, s)
             carry = alpha[high] / alpha[low]
-            fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)   # std of x_high | x_low
+            fresh = math.sqrt(sigma[high] ** 2 - (carry * sigma[low]) ** 2)  # std of x_high | x_low
             back = fresh * sigma[low] / sigma[high]                   # std of DDPM's x_low | x_high
             ddpm = lambda x, grad: (x + fresh ** 2 * grad) / carry                      # its mean
-            noise = torch.randn_like(x)
-            new = ddpm(x, grad) + back * noise if down else carry * x + fresh * noise
+            mean, std = (ddpm(x, grad), back) if down else (carry * x, fresh)
+            new = mean + std * torch.randn_like(x)
             new_log_p, new_grad = at(new, s)
-            xh, xl, grad_h = (x, new, grad) if down else (new, x, new_grad)
-            up, gain = (xh - carry * xl) / fresh, log_p - new_log_p if not down else new_log_p - log_p
-            w = w + gain + log_normal(up) - log_normal((xl - ddpm(xh, grad_h)) / back)
-            w = w - x[0].numel() * math.log(fresh / back)
+            xl, xh, grad_h = (new, x, grad) if down else (x, new, new_grad)
+            w = w + (new_log_p - log_p) * (1 if down else -1) - d * math.log(fresh / back) + (
+                log_normal((xh - carry * xl) / fresh) - log_normal((xl - ddpm(xh, grad_h)) / back))
             x, log_p, grad = new, new_log_p, new_grad
         return (w if down else w + log_p - log_normal(x)).double()
 
-    down, up = log_weights(torch.randn_like(x1), True), log_weights(x1, False)
+    levels = range(1, model.T + 1)
+    down, up = log_weights(torch.randn_like(x1), levels[::-1], True), log_weights(x1, levels, False)
     low, high = torch.cat([down, up]).aminmax()
     for _ in range(60):                         # bisect to where as many are accepted of each kind
         value = (low + high) / 2
@@ -469,11 +461,12 @@ def bits_per_dim(model, images, by="one_pass", **options):
     x1 = alpha * x0 + sigma * eps
     fit = -((x1.flatten()[:, None] - alpha * grey) / sigma).square() / 2               # (B d, 256)
     log_k = -F.cross_entropy(fit, images.long().flatten(), reduction="none").view(len(x0), d)
+    log_q = log_normal(eps) - d * math.log(sigma)
     if by == "elbo":                                     # it averages over eps, and so must log q
         log_q = -0.5 * d * math.log(2 * math.pi * math.e * sigma ** 2)
         log_p1 = elbo(model, x0, **options)
+    elif by == "ode":
+        log_p1 = ode_log_prob(model, x1, **options)
     else:
-        log_q = log_normal(eps) - d * math.log(sigma)
-        one_pass = by == "one_pass"
-        log_p1 = model.log_prob(x1, 1) if one_pass else ode_log_prob(model, x1, 1, **options)
+        log_p1 = model.log_prob(x1, 1)
     return (log_q - log_p1 - log_k.sum(1)) / (d * math.log(2))

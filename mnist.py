@@ -185,7 +185,7 @@ class Shades(nn.Module):
     def __init__(self, images, width):
         super().__init__()
         n, g = len(self.EXACT), self.GAUSSIANS
-        self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)    # numbers of each of 2x2 pixels
+        self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)        # for each of 2x2 pixels
         nn.init.zeros_(self.read.weight), nn.init.zeros_(self.read.bias)
         count = torch.stack([(images == k).flatten(1).sum(0) for k in self.EXACT])          # (n, d)
         grey = (len(images) - count.sum(0, keepdim=True)).expand(g, -1) / g
@@ -363,8 +363,9 @@ def train(args, config, images, labels):
     ema, optimiser = copy.deepcopy(model), torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     first, begun = where_to_begin(args, config, model, ema, optimiser), time.time()
     wiener = wiener_error(images, model.schedule)     # each level's error counts relative to this
-    weights = dict(w_mse=(wiener.mean() / wiener).float().to(device))
-    weights, window = (weights | dict(w_ce=W_CE), [WINDOW]) if args.model == "cdm" else (weights, [])
+    weights, window = dict(w_mse=(wiener.mean() / wiener).float().to(device)), []
+    if args.model == "cdm":
+        weights, window = weights | dict(w_ce=W_CE), [WINDOW]
     loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
     if device.type == "cuda":                                     # on a CPU it gains nothing
@@ -419,7 +420,8 @@ def batches(function, images):
     """function of a hundred images at a time, as one tensor (N,). SystemExit if not all finite."""
     values = torch.cat([function(k) for k in images.split(100)]).double().cpu()
     if not values.isfinite().all():
-        raise SystemExit(f"{(~values.isfinite()).sum()} of {len(values)} likelihoods are not finite")
+        bad = (~values.isfinite()).sum()
+        raise SystemExit(f"{bad} of {len(values)} likelihoods are not finite")
     return values
 
 
@@ -428,7 +430,7 @@ def likelihood(model, finer, images):
     """Print bits/dim of 8-bit images by the ELBO and, of a CDM, by one forward pass, certified.
 
     What can make one pass wrong is its normaliser log Z alone: `finer`, the same network with more
-    levels, measures it by annealing. ELBO and ODE stand beside it, as differences image by image."""
+    levels, measures it by annealing. ELBO and ODE stand beside it, compared image by image."""
     to_bits, begun = 1 / (images[0].numel() * math.log(2)), time.time()
     print(f"| {'bits/dim':36s} | images |   mean |   s.e. | seconds |\n"
           f"| {'-' * 36} | ------ | ------ | ------ | ------- |")
@@ -511,7 +513,8 @@ def quality(models, train_set, test_set, n):
     others, _ = judge.look(to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]))
     print(f"\n| {n:5d} samples | steps | Fréchet distance | 90 % sure | ms each |\n"
           "| ------------- | ----- | ---------------- | --------- | ------- |\n"
-          f"| real digits   |       | {frechet(others, real):16.2f} | {100 * sure:7.1f} % |         |")
+          f"| real digits   |       | {frechet(others, real):16.2f} | {100 * sure:7.1f} % "
+          "|         |")
     for name, model in models.items():
         for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
             begun = time.time()
@@ -534,8 +537,8 @@ def classify(model, images, labels):
         return torch.stack([model.given(y).log_prob(xt, t) for y in classes]).argmax(0)
 
     right = (batches(most_likely, images) == labels).double().mean()
-    print(f"the class of highest log p_t(x_t given class), t = {t}, ten passes: {100 * right:.1f} % "
-          f"of {len(images)} images right", flush=True)
+    print(f"class of the highest log p_t(x_t given class), t = {t}, ten passes: {100 * right:.1f} %"
+          f" of {len(images)} images right", flush=True)
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -666,7 +669,8 @@ def arguments():
     add("--model", choices=("cdm", "ddm"), help="ddm: told the level, to compare (cdm)")
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda or cpu")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto: cuda, else cpu")
     add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
     add("--out", type=Path, help="folder for results (runs/ and what the run is)")
     add("--weights", type=Path, help="measure this checkpoint, no training")
@@ -698,7 +702,8 @@ def arguments():
     for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, least in dict(images=100, samples=2, fine=2, steps=1, batch=1, width=8, seed=0).items():
+    bounds = dict(images=100, samples=2, fine=2, steps=1, batch=1, width=8, seed=0)
+    for name, least in bounds.items():
         if not least <= getattr(args, name) < 2 ** 31:
             p.error(f"--{name} must be at least {least}")
     if args.width % 8 or not 0 < args.lr < math.inf or args.T is not None and args.T < 2:
@@ -722,14 +727,16 @@ def main():
         if args.weights:
             model = load_model(args.weights, args.dataset, images, args.device, args.T)
         else:
-            config = {n: getattr(args, n) for n in "model dataset width steps batch lr seed".split()}
-            model = train(args, config | dict(T=args.T or 64), *train_set)
+            names = "model", "dataset", "width", "steps", "batch", "lr", "seed"
+            config = {name: getattr(args, name) for name in names} | dict(T=args.T or 64)
+            model = train(args, config, *train_set)
         models = {type(m).__name__: m for m in (model, beside) if m}
         if beside and (len(models) < 2 or beside.T != model.T):
             raise SystemExit("--beside compares one CDM with one DDM of as many levels")
         torch.manual_seed(args.seed)
         held_out = validation if args.split == "validation" else test
-        measure(args, models, *([v.to(args.device) for v in part] for part in (train_set, held_out)))
+        on_device = ([v.to(args.device) for v in part] for part in (train_set, held_out))
+        measure(args, models, *on_device)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped. If {args.out / 'model.pt'} is there, --resume goes on from it")
     except torch.OutOfMemoryError as error:
