@@ -3,6 +3,7 @@
 Run with `pytest`: about a minute on two CPU cores, no network access. Read the two theorems first.
 """
 
+import argparse
 import copy
 import gzip
 import hashlib
@@ -880,6 +881,42 @@ def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
     assert found[0] == found[1] and found[10] == found[9]
 
 
+def test_training_warms_up_clips_averages_and_drops_labels(monkeypatch, tmp_path):
+    first, rates, norms, weights, labels = [], [], [], [], []
+
+    class Noted(torch.optim.SGD):
+        def __init__(self, params, betas):
+            super().__init__(params, lr=0.0)
+            first.append([p.detach().clone() for p in self.param_groups[0]["params"]])
+
+        def step(self):
+            params = self.param_groups[0]["params"]
+            rates.append(self.param_groups[0]["lr"])
+            norms.append(torch.stack([p.grad.norm() for p in params]).norm().item())
+            super().step()
+            weights.append([p.detach().clone() for p in params])
+
+    given = cdm.CDM.given
+    monkeypatch.setattr(torch.optim, "Adam", Noted)
+    monkeypatch.setattr(mnist, "W_CE", 100.0)                                 # a large gradient
+    monkeypatch.setattr(cdm.CDM, "given", lambda self, y: labels.append(y) or given(self, y))
+    args = argparse.Namespace(device=torch.device("cpu"), steps=100, out=tmp_path, resume=False,
+                              batch=16, lr=0.01, seed=0, model="cdm")
+    images, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
+    config = dict(model="cdm", dataset="digits", T=12, width=8)
+    ema = mnist.train(args, config, images, y)
+    assert_close(rates[:4], [0.01 * step / 4 for step in (1, 2, 3)] + [0.01 * 0.5 * (
+        1 + math.cos(math.pi * 0.04))], rtol=1e-6, atol=0)
+    assert rates[-1] < 1e-9 and abs(max(norms) - 2.0) < 1e-3
+    average = first[0]
+    for step, now in enumerate(weights, 1):
+        blend = 9 / (9 + step)
+        average = [a + blend * (w - a) for a, w in zip(average, now)]
+    assert_close(list(ema.parameters()), average, rtol=1e-4, atol=1e-5)
+    dropped = (torch.cat(labels) == mnist.CLASSES).float().mean()
+    assert 0.45 < dropped < 0.55
+
+
 def test_a_ddm_and_a_cdm_train_and_stand_beside_each_other(monkeypatch, tmp_path, capsys):
     run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
     said = capsys.readouterr().out
@@ -890,6 +927,10 @@ def test_a_ddm_and_a_cdm_train_and_stand_beside_each_other(monkeypatch, tmp_path
     for what in (r"\| CDM, ddim", r"\| DDM, ddpm", r"CDM / DDM: mean \d", r"One pass \+ log Z: \d",
                  r"ertified", r"ten passes: [\d.]+ %", r"\| training step of 16 \|.*\| DDM \|"):
         assert re.search(what, said), what
+    one, log_z, both = (float(re.search(pattern, said)[1]) for pattern in (
+        r"\| one forward pass +\| +\d+ \| +([\d.-]+)", r"\| log Z by .*?levels +\| +\d+ \| +([\d.-]+)",
+        r"One pass \+ log Z: ([\d.-]+)"))
+    assert abs(one + log_z - both) < 0.002
     for name in ("samples.png", "levels.png", "errors.png"):
         assert (tmp_path / "cdm" / name).stat().st_size > 2000
 
