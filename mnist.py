@@ -676,7 +676,7 @@ def arguments():
     add("--weights", type=Path, help="measure this checkpoint, no training")
     add("--beside", type=Path, help="checkpoint of a DDM to compare a CDM with, or the reverse")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--benchmark", action="store_true", help="also time the trained CDM beside the DDM")
+    add("--benchmark", action="store_true", help="also time the two, needs --beside")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--images", type=int, help="how many of them (10000, quick 500)")
     add("--samples", type=int, help="for the Fréchet distance (GPU 10000, CPU 1000, quick 500)")
@@ -692,6 +692,8 @@ def arguments():
                if getattr(args, name)]
     if args.weights and ignored:
         p.error(f"--weights measures and does not train: no {', '.join(ignored)}")
+    if args.benchmark and not args.beside:
+        p.error("--benchmark compares two models: name one with --beside")
     gpu = (args.device if args.device != "auto" else "cuda") == "cuda" and torch.cuda.is_available()
     run = f"{args.dataset}_{args.model or 'cdm'}"
     full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=1024, steps=20000,
@@ -763,7 +765,7 @@ def measure(args, models, train_set, held_out):
     if len(models) == 2:
         show_errors(models, images[:500], train_set[0], args.out / "errors.png")
     quality(models, train_set, held_out, args.samples)
-    if args.benchmark and len(models) == 2:
+    if args.benchmark:
         benchmark(models["CDM"], models["DDM"], finer, train_set[0][:args.batch])
 
 

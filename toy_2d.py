@@ -1,26 +1,24 @@
-"""Density ratio estimation in the plane, where the truth is known: CDM beside what came before it.
+"""Density ratio estimation where the truth is known: CDM beside what came before it.
 
-    python toy_2d.py                two minutes on two CPU cores, no download
-    python toy_2d.py --seeds 3      the README's table, mean and spread
-    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail
+    python toy_2d.py                seven methods on six densities in the plane, two minutes
+    python toy_2d.py --seeds 3      the same with mean and spread over three trainings
+    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, four minutes
 
-Seven ways to learn log p(x), each a short function over one network and one budget of samples:
-NCE, TRE, a noise-level classifier (CE), its gradient alone (MSE), the time score, CDM, and a
-denoising diffusion model (DDM). Prints how far each is from the truth and draws runs/toy_2d/*.png.
-Not here: images (mnist.py) and the method itself (cdm.py).
+Times are of two CPU cores; results go to runs/toy_2d. Each method is a short function over one
+network and one budget of samples: NCE, TRE, a noise-level classifier (CE), its gradient alone
+(MSE), the time score, CDM, and a denoising diffusion model (DDM). The method itself is in cdm.py.
 """
 
 import argparse
 import concurrent.futures
-import csv
 import math
-import os
-import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_swiss_roll
@@ -29,18 +27,15 @@ from torch import nn
 from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, stratified_levels,
                  uniform_schedule)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
-
-SCHEDULE = log_snr_schedule(T=20, first=10, last=-6)   # few levels: neighbours still overlap in 2-D
-EXACT = dict(color="black", linestyle="--", linewidth=1)
+SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # neighbours are 0.4 apart: they overlap
 HALF, CELLS = 4.25, 160                                # evaluation grid: [-4.25, 4.25]^2, 160 x 160
 
 # ------------------------------------------------------------------------------------- the truth
 
 
 class Oracle:
-    """A density known exactly at every level, with the model's interface (float64).
+    """A density known exactly at every level, with the model's interface (float64): the exact
+    model is CDM(oracle.logits, SCHEDULE).
 
     A mixture of equal bumps: squares of half-width `half`, blurred by Gaussian noise `std`.
     half = 0 gives Gaussians, std = 0 a checkerboard. Noising scales the centres and the squares by
@@ -75,10 +70,6 @@ class Oracle:
         """The exact classifier: log p_t(x) of every level, (B, T+2)."""
         return torch.stack([self.log_prob(x, t) for t in range(len(self.schedule.alpha))], 1)
 
-    def denoise(self, x, t):
-        """E[x_0 | x_t = x], by theorem 3.1 from the exact logits."""
-        return CDM(self.logits, self.schedule).denoise(x, t)
-
 
 def eight_gaussians():
     angle = torch.arange(8) * math.pi / 4
@@ -97,8 +88,7 @@ def two_moons():
 
 def swiss_roll():
     points, along = make_swiss_roll(4000, random_state=0)
-    evenly = along.argsort()[5::10]                                                    # 400 of them
-    centres = torch.from_numpy(points[evenly][:, [0, 2]])
+    centres = torch.from_numpy(points[along.argsort()[5::10]][:, [0, 2]])   # 400, evenly spaced
     return Oracle((centres - centres.mean(0)) / centres.std(0), std=0.1)
 
 
@@ -115,7 +105,7 @@ def two_modes():
     return Oracle(torch.tensor([(-1.2, 0.0), (1.2, 0.0)]), std=0.15, weights=[0.9, 0.1])
 
 
-# one of your own: an Oracle of torch centres about 1 from 0, well inside of +-4.25; list it here
+# a density of your own: a function that returns an Oracle, its centres about 1 from 0; list it here
 DATASETS = {f.__name__: f for f in (eight_gaussians, checkerboard, two_moons, swiss_roll, pinwheel,
                                     two_modes)}
 
@@ -125,20 +115,20 @@ DATASETS = {f.__name__: f for f in (eight_gaussians, checkerboard, two_moons, sw
 class MLP(nn.Module):
     """Points (B, d), with a time (B,) in 0 .. 1 where a method needs it -> (B, outputs).
 
-    A plain MLP is too smooth for the plane, so it is shown waves of its inputs too."""
+    A plain MLP is too smooth for the plane, so it is shown sines and cosines of its inputs too."""
 
-    def __init__(self, inputs, outputs, width=96, layers=4, waves=16, highest=1.0):
+    def __init__(self, inputs, outputs, width=96, layers=4, frequencies=32):
         super().__init__()
-        steps = torch.arange(1, waves + 1) / max(waves, 1)
-        self.register_buffer("frequency", 2 * math.pi * highest * steps)
-        sizes = [inputs + 2 * waves * inputs] + [width] * layers
+        steps = torch.arange(1, frequencies + 1) / max(frequencies, 1)
+        self.register_buffer("frequencies", 2 * math.pi * steps)
+        sizes = [inputs + 2 * frequencies * inputs] + [width] * layers
         hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(width, outputs))
 
     def forward(self, x, time=None):
         if time is not None:
             x = torch.cat([x, time[:, None]], 1)
-        phase = (x[..., None] * self.frequency).flatten(1)                            # (B, d waves)
+        phase = (x[..., None] * self.frequencies).flatten(1)                    # (B, d frequencies)
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
@@ -192,7 +182,7 @@ def time_score(make, schedule, points=40):
 
     def loss(x0):
         time = (torch.arange(len(x0)) + torch.rand(())) / len(x0)
-        alpha, sigma = (wave(time * math.pi / 2)[:, None] for wave in (torch.cos, torch.sin))
+        alpha, sigma = (f(time * math.pi / 2)[:, None] for f in (torch.cos, torch.sin))
         eps = torch.randn_like(x0)
         target = (alpha * (eps ** 2 - 1) - sigma * eps * x0).sum(1)
         return F.mse_loss(sigma[:, 0] * net(alpha * x0 + sigma * eps, time)[:, 0], target)
@@ -206,29 +196,25 @@ def time_score(make, schedule, points=40):
 
 
 def ddm(make, schedule):
-    """A denoising diffusion model (Ho et al. 2020): log p by the probability-flow ODE.
-
-    Twice the levels: at 20 the ODE solver alone would cost a KL of 0.01 to 0.02, at 40 0.0002."""
-    net, T = make(2, timed=True), 2 * (len(schedule.alpha) - 2)
-    first, *_, last = (2 * (schedule.alpha / schedule.sigma).log())[1:-1].tolist()
-    model = DDM(lambda xt, t: net(xt, t / T), log_snr_schedule(T, first, last))
+    """A denoising diffusion model (Ho et al. 2020): log p by the probability-flow ODE."""
+    net, T = make(2, timed=True), len(schedule.alpha) - 2
+    model = DDM(lambda xt, t: net(xt, t / T), schedule)
     return Method(net, lambda x0: model.loss(x0).total, lambda x: ode_log_prob(model, x, t=1),
                   2 * (T - 1) * 3)             # Heun: two slopes a step, each 1 forward, 2 backward
 
 
 # MSE teaches nothing at level 0 and the ODE ends at level 1: their log p_1 stands in for log p_0
-# (sigma_1 = 0.0067 is little beside the densities' 0.1)
-# in the plane the cross-entropy leads (see CDM.loss)
+# (sigma_1 = 0.0067 is little beside the densities' 0.1). For the weights see CDM.loss_at
 METHODS = {"NCE": nce, "TRE": tre, "CE": classifier(1.0, 0.0), "MSE": classifier(0.0, 1.0, t=1),
-           "time-score": time_score, "CDM": classifier(1.0, 0.3), "DDM-ODE": ddm}
+           "time-score": time_score, "CDM": classifier(1.0, 1.0), "DDM-ODE": ddm}
 
 
 def train(method, draw, steps, lr=5e-3):
     """Adam on method.loss of fresh batches draw(), with a short warm-up and a cosine decay."""
     optimiser = torch.optim.Adam(method.net.parameters())
     for step in range(1, steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(20 * step / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        rate = min(20 * step / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimiser.param_groups[0]["lr"] = lr * rate
         optimiser.zero_grad()
         method.loss(draw()).backward()
         optimiser.step()
@@ -243,37 +229,33 @@ def grid():
     return torch.cartesian_prod(axis, axis)
 
 
+def log_integral(log_q):
+    """log Z, nats: the log of what a density integrates to, from its log (CELLS^2,) on the grid."""
+    return (torch.logsumexp(log_q, 0) + 2 * math.log(2 * HALF / CELLS)).item()
+
+
 @torch.no_grad()
 def evaluate(log_prob, oracle):
     """How far is a density from the truth? By quadrature on the grid, all in nats:
 
     KL_raw = E_data[log p - log q] takes q as the model states it, log Z = log of the integral of q.
     A q that is not normalised can have KL_raw < 0; KL = KL_raw + log Z >= 0 is the honest number.
-    left: the share of q at x < 0. Returns the numbers, and log p and log q on the grid. ValueError
-    if over 1 % of p lies off the grid: then no number would mean anything."""
-    points, cell = grid(), (2 * HALF / CELLS) ** 2
+    heavy_mode: the share of q at x < 0, where the heavy one of two_modes is. Returns these, and
+    log p and log q on the grid. ValueError if over 1 % of p lies off it: no number would hold."""
+    points = grid()
     log_q = torch.cat([log_prob(x.float()) for x in points.split(1600)]).double()
     log_p = torch.cat([oracle.log_prob(x) for x in points.split(3000)])
-    p = log_p.exp() * cell
-    if p.sum() < 0.99:
-        raise ValueError(f"{1 - p.sum():.0%} of the density lies outside +-{HALF}; shrink it")
-    kl_raw = torch.where(p > 0, p * (log_p - log_q), 0).sum().item() / p.sum().item()
-    log_z = (torch.logsumexp(log_q, 0) + math.log(cell)).item()
-    left = log_q.softmax(0)[points[:, 0] < 0].sum().item()
-    return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, left=left), log_p, log_q
-
-
-@torch.no_grad()
-def posterior(logits, oracle, n=500):
-    """What a classifier thinks of points of four true levels: mean of l_t(x) - max_s l_s(x)."""
-    torch.manual_seed(0)
-    last = len(oracle.schedule.alpha) - 1
-    rows = {t: logits(oracle.sample(n, t).float()) for t in (0, last // 3, 2 * last // 3, last)}
-    return {t: (l - l.amax(1, keepdim=True)).mean(0).numpy() for t, l in rows.items()}
+    on_grid = math.exp(log_integral(log_p))
+    if on_grid < 0.99:
+        raise ValueError(f"{1 - on_grid:.0%} of the density lies outside +-{HALF}; shrink it")
+    p = log_p.softmax(0)
+    kl_raw = torch.where(p > 0, p * (log_p - log_q), 0).sum().item()
+    log_z, heavy_mode = log_integral(log_q), log_q.softmax(0)[points[:, 0] < 0].sum().item()
+    return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode), log_p, log_q
 
 
 def run(dataset, name, steps, seed):
-    """One training and all that tables and figures need of it; runs in a process of its own."""
+    """One training, the row of numbers it gives and its pictures; runs in a process of its own."""
     torch.set_num_threads(1)                       # small tensors: two runs side by side are faster
     torch.manual_seed(seed)
     oracle = DATASETS[dataset]()
@@ -282,20 +264,20 @@ def run(dataset, name, steps, seed):
     train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
     seconds = time.time() - start
     row, log_p, log_q = evaluate(method.log_prob, oracle)
-    pictures = dict(truth=log_p.numpy(), learned=log_q.numpy())
+    pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
     if name == "CDM":
-        pictures["samples"] = method.net.sample((3000, 2), steps=20, method="ddpm").numpy()
-    if name in ("CE", "CDM"):
-        pictures["posterior"] = posterior(method.net.logits, oracle)
+        pictures["CDM samples"] = method.net.sample((2000, 2), steps=40, method="ddpm").numpy()
     return dict(dataset=dataset, method=name, seed=seed, **row, passes=method.passes,
                 seconds=seconds), pictures
 
 
 # ------------------------------------------------------------------------------ the density chasm
 
-# in many dimensions the MSE must lead: see CDM.loss
-CHASM = {"NCE": nce, "TRE": tre, "CE": METHODS["CE"], "time-score": time_score,
-         "CDM": classifier(0.01, 1.0)}
+DIMENSIONS = (20, 40, 80, 160)
+CHASM = METHODS | {"CDM": classifier(0.01, 1.0)}   # in many dimensions the MSE must lead
+FULL_NAMES = {"CDM": "CDM (cross-entropy + denoising)", "CE": "one classifier, cross-entropy only",
+              "TRE": "telescoping ratios (TRE)", "NCE": "noise-contrastive estimation (NCE)",
+              "time-score": "time score (DRE-infinity)"}
 
 
 class CorrelatedPairs:
@@ -321,154 +303,158 @@ class CorrelatedPairs:
 
 
 def chasm_run(d, name, steps, seed):
-    """The mean log-ratio a method finds between correlated pairs and N(0, I), and its error (root
-    mean square, point by point), on 10000 fresh samples."""
+    """One training on correlated pairs, of a plain MLP; then on 5000 fresh clean samples, in nats:
+    the mean log-ratio to N(0, I) that was estimated, the root mean square error of a point's, and
+    of a classifier, exact and learned, the mean of log p_t(x) / p_0(x) at every level t: (T+2,)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     oracle, start = CorrelatedPairs(d), time.time()
-    make = lambda outputs, timed=False: MLP(d + timed, outputs, width=256, layers=3, waves=0)
+    make = lambda outputs, timed=False: MLP(d + timed, outputs, width=256, layers=3, frequencies=0)
     method = CHASM[name](make, oracle.schedule)
-    train(method, lambda: oracle.sample(512).float(), steps, lr=2e-3)
-    seconds, x = time.time() - start, oracle.sample(10_000).float()
-    exact = oracle.logits(x)
+    train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
+    seconds, x = time.time() - start, oracle.sample(5000).float()
     with torch.no_grad():
-        found = method.log_prob(x) - log_normal(x)
-    rms = (found - (exact[:, 0] - exact[:, -1])).square().mean().sqrt()
-    row = dict(d=d, method=name, seed=seed, true=d / 4, found=found.mean().item(), rms=rms.item(),
-               seconds=seconds)
-    return row, posterior(method.net.logits, oracle) if name in ("CE", "CDM") else None
+        exact, estimate = oracle.logits(x), method.log_prob(x) - log_normal(x)
+        logits = [exact, method.net.net(x)] if isinstance(method.net, CDM) else []
+    error = estimate - (exact[:, 0] - exact[:, -1])
+    row = dict(d=d, method=name, seed=seed, true=d / 4, estimated=estimate.mean().item(),
+               rms=error.square().mean().sqrt().item(), seconds=seconds)
+    return row, [(l - l[:, :1]).mean(0).numpy() for l in logits]
 
 
 # ------------------------------------------------------------------------------ tables and figures
 
 
-def in_parallel(function, jobs, out):
-    """function(*job) -> (row, pictures) of every job, a process per core. Rows are saved as CSV."""
-    results = []
-    print(f"{len(jobs)} trainings", flush=True)
-    with concurrent.futures.ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
-        for row, pictures in pool.map(function, *zip(*jobs)):
-            results.append((row, pictures))
-            print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                            for k, v in row.items()), flush=True)
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, results[0][0])
-        writer.writeheader()
-        writer.writerows(row for row, _ in results)
-    return results
+def in_parallel(jobs):
+    """(row, pictures) of every job (function, *arguments), in order, by a process per core."""
+    start = time.time()
+    with concurrent.futures.ProcessPoolExecutor() as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        for i, future in enumerate(futures):
+            future.result()
+            print(f"{i + 1:4}/{len(jobs)} {time.time() - start:5.0f} s ", *jobs[i][1:], flush=True)
+    return [future.result() for future in futures]
 
 
-def pivot(rows, title, down, across, value, digits, means=()):
-    """Print a Markdown table of row[value], mean ± standard deviation over seeds; then `means` of
-    other columns."""
-    columns = list(dict.fromkeys(r[across] for r in rows))
-    lines = [[down, *(f"{c}" for c in columns), *means]]
-    for name in dict.fromkeys(r[down] for r in rows):
-        mine = [r for r in rows if r[down] == name]
-        lines.append([f"{name}"])
-        for column in columns:
-            seeds = [r[value] for r in mine if r[across] == column]
-            lines[-1].append(f"{statistics.mean(seeds):.{digits}f}")
-            if len(seeds) > 1:
-                lines[-1][-1] += f" ± {statistics.stdev(seeds):.{digits}f}"
-        lines[-1] += [f"{statistics.mean(r[m] for r in mine):.3g}" for m in means]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * w for w in widths])
-    print(f"\n{title}\n")
-    for line in lines:
-        print("| " + " | ".join(f"{cell:>{w}}" for cell, w in zip(line, widths)) + " |", flush=True)
+def table(path, rows, lines):
+    """Save rows as CSV; print a Markdown table of lines (title, key, digits, rows), a column for
+    each method: the mean of row[key] ± its standard deviation over trainings."""
+    np.savetxt(path, [[str(v) for v in row.values()] for row in rows], fmt="%s", delimiter=",",
+               header=",".join(rows[0]), comments="")
+    cells = [["", *dict.fromkeys(row["method"] for row in rows)]]
+    for title, key, digits, chosen in lines:
+        cells.append([title])
+        for method in cells[0][1:]:
+            values = np.array([row[key] for row in chosen if row["method"] == method])
+            if not np.isfinite(values).all():
+                sys.exit(f"{title}, {method}: {values} is not finite; all numbers are in {path}")
+            spread = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) else ""
+            cells[-1].append(f"{values.mean():.{digits}f}{spread}")
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    for line in cells:
+        print("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |")
+    print("In brackets the truth; ± is the standard deviation over trainings.")
 
 
-def save(fig, path):
-    fig.savefig(path, dpi=80)
-    plt.close(fig)
-    print(f"figure: {path}")
+def show(ax, picture, truth, title):
+    """Draw samples (n, 2), or the square root of a density (else faint modes would not be seen),
+    normalised on the grid, on the truth's colours; log Z is written in where over 10 % are off."""
+    ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
+    ax.set_title(title, fontsize=10)
+    if picture.ndim == 2:
+        ax.scatter(*picture.T, s=0.5, color="C0", linewidth=0)
+        return
+    log_z = log_integral(torch.from_numpy(picture))
+    image = np.exp((picture - log_z) / 2).reshape(CELLS, CELLS).T
+    ax.imshow(image, extent=[-HALF, HALF] * 2, origin="lower", cmap="Blues", vmin=0,
+              vmax=np.exp(truth.max() / 2))
+    if abs(log_z) > 0.1:
+        ax.text(0, -2.25, f"log Z = {log_z:.1f}", ha="center", fontsize=9)
 
 
 def density_figure(pictures, path):
-    """Rows: datasets. Columns: the truth, what each method learned, samples drawn with the CDM."""
-    datasets, methods = (list(dict.fromkeys(key[i] for key in pictures)) for i in (0, 1))
-    titles = ["truth", *methods] + ["samples, CDM"] * ("CDM" in methods)
-    fig, axes = plt.subplots(len(datasets), len(titles), squeeze=False, layout="constrained",
-                             figsize=(1.7 * len(titles), 1.7 * len(datasets) + 0.3))
-    for dataset, row in zip(datasets, axes):
-        truth = pictures[dataset, methods[0]]["truth"]
-        learned = [pictures[dataset, m]["learned"] for m in methods]
-        scale = dict(cmap="magma", vmin=0, vmax=math.exp(truth.max()))
-        for ax, title, log_p in zip(row, titles, [truth, *learned, None]):
-            ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
-            ax.set_title(title if dataset == datasets[0] else "", fontsize=10)
-            if log_p is None:
-                ax.scatter(*pictures[dataset, "CDM"]["samples"].T, s=0.4, color="black")
-            else:
-                image = torch.tensor(log_p).exp().view(CELLS, CELLS).T.numpy()
-                ax.imshow(image, extent=[-HALF, HALF] * 2, origin="lower", **scale)
+    """A row for each dataset: the truth, what each method learned, samples drawn with the CDM."""
+    columns = len(next(iter(pictures.values())))
+    fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
+                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.3))
+    for row, (dataset, mine) in zip(axes, pictures.items()):
+        for ax, (title, picture) in zip(row, mine.items()):
+            show(ax, picture, mine["truth"], title if row is axes[0] else "")
         row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
-    save(fig, path)
+    fig.savefig(path, dpi=120)
+
+
+def hero_figure(rows, pictures, path):
+    """Left: estimated against true mean log-ratio, with the spread over seeds. Right: the plane."""
+    fig, axes = plt.subplot_mosaic("AB;AC;AD", layout="constrained", figsize=(8, 5.2),
+                                   width_ratios=[2.9, 1])
+    left, *right = axes.values()
+    true = [d / 4 for d in DIMENSIONS]
+    left.plot(true, true, "k--", linewidth=1, label="exact")
+    for name, full_name in FULL_NAMES.items():
+        found = [[row["estimated"] for row in rows if (row["d"], row["method"]) == (d, name)]
+                 for d in DIMENSIONS]
+        left.errorbar(true, np.mean(found, 1), np.std(found, 1, ddof=len(found[0]) > 1), fmt="o-",
+                      markersize=4, capsize=3, label=full_name)
+    left.set(xlabel="true mean log-ratio of data to noise, nats (= dimensions / 4)",
+             ylabel="estimated, nats")
+    left.legend(frameon=False)
+    for ax, (title, picture) in zip(right, pictures.items()):
+        show(ax, picture, pictures["truth"], f"two moons: {title}")
+    fig.savefig(path, dpi=120)
 
 
 def posterior_figure(curves, path):
-    """The paper's figure 3: what classifiers think of the level of points of four true levels."""
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3), layout="constrained")
-    for ax, true in zip(axes, curves["exact"]):
-        for name, curve in curves.items():
-            ax.plot(curve[true], label=name, **EXACT if name == "exact" else {})
-        ax.axvline(true, color="grey", linewidth=0.5)
-        ax.set(title=f"points of level {true}", xlabel="level t")
-    axes[0].set_ylabel("mean of $l_t(x) - \\max_s\\, l_s(x)$, nats")
-    axes[0].legend()
-    save(fig, path)
+    """What classifiers make of clean points, level by level. Near level 0 all are right; where data
+    and noise are far apart, cross-entropy stops learning, and there log p(x) is read off."""
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    for ax, d in zip(axes, (DIMENSIONS[0], DIMENSIONS[-1])):
+        for name in ("CDM", "CE"):                                  # colours as in the hero figure
+            exact, learned = curves[d, name]
+            ax.plot(learned, label=FULL_NAMES[name])
+        ax.plot(exact, "k--", linewidth=1, label="exact")
+        ax.set(title=f"clean points in {d} dimensions",
+               xlabel=f"level t, from clean (0) to pure noise ({len(exact) - 1})")
+    axes[0].set_ylabel("mean of log $p_t(x) / p_0(x)$, nats")
+    axes[0].legend(frameon=False)
+    fig.savefig(path, dpi=120)
 
 
-def chasm_figure(rows, path):
-    """Estimated against true mean log-ratio, one line a method."""
-    fig, ax = plt.subplots(figsize=(5, 4), layout="constrained")
-    for name in dict.fromkeys(r["method"] for r in rows):
-        mine = [r for r in rows if r["method"] == name and r["seed"] == 0]
-        ax.plot([r["true"] for r in mine], [r["found"] for r in mine], marker=".", label=name)
-    ax.plot(*[[r["true"] for r in mine]] * 2, label="exact", **EXACT)
-    ax.set(xlabel="true mean log-ratio, nats (= dimensions / 4)", ylabel="estimated, nats")
-    ax.legend()
-    save(fig, path)
-
-
-def toy(args, seeds):
+def toy(args):
     """Six densities in the plane by every method."""
-    jobs = [(d, m, args.steps, s) for d in args.datasets for m in args.methods for s in seeds]
-    results = in_parallel(run, jobs, args.out / "toy_2d.csv")
-    rows = [row for row, _ in results]
-    pivot(rows, "KL_raw, nats", "method", "dataset", "KL_raw", 4)
-    pivot(rows, "log Z, nats", "method", "dataset", "log_Z", 4)
-    pivot(rows, "KL = KL_raw + log Z, nats; passes through the network per log p; seconds to train",
-          "method", "dataset", "KL", 4, ["passes", "seconds"])
-    if "two_modes" in args.datasets:
-        pivot([r for r in rows if r["dataset"] == "two_modes"],
-              "weight of the heavier of the two modes, truth 0.9", "dataset", "method", "left", 3)
-    pictures = {(r["dataset"], r["method"]): p for r, p in results if r["seed"] == 0}
+    jobs = [(run, d, m, args.steps, s)
+            for d in args.datasets for m in args.methods for s in range(args.seeds)]
+    results = in_parallel(jobs)
+    rows, lines = [row for row, _ in results], []
+    for dataset in args.datasets:
+        mine = [row for row in rows if row["dataset"] == dataset]
+        lines += [(f"{dataset}: KL, nats", "KL", 4, mine),
+                  (f"{dataset}: log Z, nats", "log_Z", 3, mine)]
+        if dataset == "two_modes":
+            lines.append(("two_modes: heavy weight (0.9)", "heavy_mode", 3, mine))
+    lines += [("passes per log p", "passes", 0, rows), ("training, seconds", "seconds", 1, rows)]
+    table(args.out / "toy_2d.csv", rows, lines)
+    pictures = {dataset: {} for dataset in args.datasets}
+    for row, picture in results:
+        pictures[row["dataset"]] |= picture if row["seed"] == 0 else {}
     density_figure(pictures, args.out / "toy_2d.png")
-    first = args.datasets[0]
-    oracle = DATASETS[first]()
-    exact = posterior(oracle.logits, oracle)
-    curves = {m: p["posterior"] for (d, m), p in pictures.items() if d == first if "posterior" in p}
-    if curves:
-        posterior_figure(curves | {"exact": exact}, args.out / "posterior.png")
 
 
-def chasm(args, seeds):
+def chasm(args):
     """Where data and N(0, I) hardly overlap: correlated pairs, a plain MLP, fresh samples."""
-    methods = [m for m in args.methods if m in CHASM]
-    if len(methods) < len(args.methods):
-        print("not here:", ", ".join(m for m in args.methods if m not in CHASM))
-    jobs = [(d, m, args.steps, s) for d in (2, 10, 20, 40, 80, 160) for m in methods for s in seeds]
-    results = in_parallel(chasm_run, jobs, args.out / "chasm.csv")
-    rows = [row for row, _ in results]
-    pivot(rows, "mean log-ratio, nats", "d", "method", "found", 2, ["true"])
-    pivot(rows, "error of the log-ratio of a point, root mean square", "d", "method", "rms", 2)
-    chasm_figure(rows, args.out / "chasm.png")
-    curves = {r["method"]: p for r, p in results if r["d"] == 80 and r["seed"] == 0 and p}
-    if curves:
-        exact = posterior(CorrelatedPairs(80).logits, CorrelatedPairs(80))
-        posterior_figure(curves | {"exact": exact}, args.out / "chasm_posterior.png")
+    jobs = [(chasm_run, d, m, args.steps, s)
+            for d in DIMENSIONS for m in FULL_NAMES for s in range(args.seeds)]
+    (_, pictures), *results = in_parallel([(run, "two_moons", "CDM", args.steps, 0)] + jobs)
+    rows, lines = [row for row, _ in results], []
+    for d in DIMENSIONS:
+        mine = [row for row in rows if row["d"] == d]
+        lines += [(f"d = {d}: mean log-ratio ({d / 4:g}), nats", "estimated", 2, mine),
+                  (f"d = {d}: rms error of one, nats", "rms", 2, mine)]
+    table(args.out / "chasm.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
+    hero_figure(rows, pictures, args.out / "hero.png")
+    curves = {(r["d"], r["method"]): c for r, c in results if r["seed"] == 0}
+    posterior_figure(curves, args.out / "posterior.png")
 
 
 def names(known):
@@ -477,28 +463,33 @@ def names(known):
         for name in text.split(","):
             if name not in known:
                 raise argparse.ArgumentTypeError(f"unknown {name!r}; known: {', '.join(known)}")
-        return text.split(",")
+        return list(dict.fromkeys(text.split(",")))
     return parse
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
-    add("--datasets", type=names(DATASETS), default=list(DATASETS), help=",".join(DATASETS))
-    add("--methods", type=names(METHODS), default=list(METHODS), help=",".join(METHODS))
-    add("--steps", type=int, default=1600, help="training steps of 512 samples (%(default)s)")
-    add("--seeds", type=int, default=1, help="trainings of each, seeds 0, 1, ... (%(default)s)")
-    add("--chasm", action="store_true", help="correlated Gaussian pairs in up to 160 dimensions,\n"
-        "in place of --datasets")
+    add("--datasets", type=names(DATASETS), help="default: " + ",".join(DATASETS))
+    add("--methods", type=names(METHODS), help="default: " + ",".join(METHODS))
+    add("--chasm", action="store_true", help="correlated Gaussian pairs in 20 to 160 dimensions")
+    add("--steps", type=int, default=1200, help="steps of a training (%(default)s)")
+    add("--seeds", type=int, help="trainings of each, seeds 0, 1, .. (1; with --chasm 3)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for results (%(default)s)")
     args = p.parse_args()
+    if args.chasm and (args.datasets or args.methods):
+        p.error("--datasets and --methods choose from the plane: not with --chasm")
+    args.datasets, args.methods = args.datasets or DATASETS, args.methods or METHODS
+    args.seeds = (3 if args.chasm else 1) if args.seeds is None else args.seeds
     if args.steps < 1 or args.seeds < 1:
-        p.error("--steps and --seeds must be positive")
-    if args.chasm and not set(CHASM) & set(args.methods):
-        p.error(f"--chasm knows these methods: {', '.join(CHASM)}")
-    args.out.mkdir(parents=True, exist_ok=True)
+        p.error("--steps and --seeds must be 1 or more")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "a test").touch(), (args.out / "a test").unlink()
+    except OSError as error:
+        sys.exit(f"--out {args.out} cannot be written to: {error.strerror}")
     start = time.time()
-    (chasm if args.chasm else toy)(args, range(args.seeds))
+    (chasm if args.chasm else toy)(args)
     print(f"{time.time() - start:.0f} s in all; numbers and figures in {args.out}")
 
 
