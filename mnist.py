@@ -328,18 +328,6 @@ def load_model(path, dataset, images, device, T=None):
     return model.to(device).eval()
 
 
-def compiled(function, *example):
-    """The function compiled; eager, with the same results, and said so, if that fails."""
-    try:
-        print("compiling the loss (one to two minutes)", flush=True)
-        fast = torch.compile(function, fullgraph=True)
-        fast(*example).total.backward()                              # its gradients are thrown away
-        return fast
-    except Exception as error:
-        print(f"compiling failed ({type(error).__name__}); going on without: slower, same results")
-        return function
-
-
 def where_to_begin(args, config, *parts):
     """The step to go on from, 0 if not --resume, after loading the parts: model, average, Adam.
     SystemExit if that would be another run, or a new one would overwrite a longer one."""
@@ -368,9 +356,7 @@ def train(args, config, images, labels):
         weights, window = weights | dict(w_ce=W_CE), [WINDOW]
     loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
-    if device.type == "cuda":                                     # on a CPU it gains nothing
-        n = args.batch
-        loss_at = compiled(loss_at, labels[:n], *model.draw(to_x0(images[:n]), *window))
+    loss_at = torch.compile(loss_at, disable=device.type != "cuda")     # on a CPU it gains nothing
 
     def checkpoint(step):
         save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
@@ -417,11 +403,11 @@ def report(args, step, first, loss, norm, begun):
 
 
 def batches(function, images):
-    """function of a hundred images at a time, as one tensor (N,). SystemExit if not all finite."""
+    """function of a hundred images at a time, as one tensor. SystemExit if not all is finite."""
     values = torch.cat([function(k) for k in images.split(100)]).double().cpu()
     if not values.isfinite().all():
         bad = (~values.isfinite()).sum()
-        raise SystemExit(f"{bad} of {len(values)} likelihoods are not finite")
+        raise SystemExit(f"{bad} of {values.numel()} results are not finite")
     return values
 
 
@@ -471,32 +457,21 @@ def verdict(log_z, off):
     return f"Certified with log Z only: by itself one pass is {abs(log_z):.3f} bits/dim too {way}."
 
 
-class Judge(nn.Module):
-    """A small classifier of digits, trained on the spot for its 64 features: not Inception's."""
-
-    def __init__(self):
-        super().__init__()
-        stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU())
-                  for a, b in ((1, 32), (32, 64), (64, 64))]
-        self.body = nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(64), nn.SiLU())
-        self.head = nn.Linear(64, CLASSES)
-
-    def fit(self, images, labels, steps=600):
-        self.body(to_x0(images[:2]))                            # the lazy layer learns its size
-        optimiser = torch.optim.Adam(self.parameters(), 2e-3)
-        for step in range(steps):
-            optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-            rows = torch.randint(len(images), (128,), device=images.device)
-            loss = F.cross_entropy(self.head(self.body(to_x0(images[rows]))), labels[rows])
-            optimiser.zero_grad(), loss.backward(), optimiser.step()
-        return self.eval()
-
-    @torch.no_grad()
-    def look(self, x0):
-        """Features (N, 64), and the share of images of which it is at least 90 % sure."""
-        features = torch.cat([self.body(part) for part in x0.split(500)])
-        sure = self.head(features).softmax(1).amax(1) >= 0.9
-        return features.cpu().double(), sure.float().mean().item()
+def make_judge(images, labels, steps=600):
+    """A small classifier of digits, trained on the spot: all of it, and its part up to 64 features
+    (which are not Inception's)."""
+    stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU())
+              for a, b in ((1, 32), (32, 64), (64, 64))]
+    body = nn.Sequential(*stages, nn.Flatten(), nn.LazyLinear(64), nn.SiLU())
+    judge = nn.Sequential(body, nn.Linear(64, CLASSES)).to(images.device)
+    judge(to_x0(images[:2]))                                    # the lazy layer learns its size
+    optimiser = torch.optim.Adam(judge.parameters(), 2e-3)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        rows = torch.randint(len(images), (128,), device=images.device)
+        loss = F.cross_entropy(judge(to_x0(images[rows])), labels[rows])
+        optimiser.zero_grad(), loss.backward(), optimiser.step()
+    return judge.eval(), body
 
 
 def frechet(a, b):
@@ -506,23 +481,28 @@ def frechet(a, b):
             - 2 * cross).item()
 
 
+@torch.no_grad()
 def quality(models, train_set, test_set, n):
     """Print how far n samples of each model and sampler are from the test digits."""
-    judge = Judge().to(test_set[0].device).fit(*train_set)
-    real, sure = judge.look(to_x0(test_set[0]))
-    others, _ = judge.look(to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]))
-    print(f"\n| {n:5d} samples | steps | Fréchet distance | 90 % sure | ms each |\n"
-          "| ------------- | ----- | ---------------- | --------- | ------- |\n"
-          f"| real digits   |       | {frechet(others, real):16.2f} | {100 * sure:7.1f} % "
-          "|         |")
+    with torch.enable_grad():
+        judge, body = make_judge(*train_set)
+    real = batches(body, to_x0(test_set[0]))
+    print(f"\n| {n:7d} samples | steps | Fréchet distance | 90 % sure | ms each |\n"
+          "| --------------- | ----- | ---------------- | --------- | ------- |")
+
+    def row(name, steps, x0, begun):
+        sure = batches(lambda x0: judge(x0).softmax(1).amax(1) >= 0.9, x0).mean()
+        distance = frechet(batches(body, x0), real)
+        print(f"| {name:15s} | {steps:>5} | {distance:16.2f} | {100 * sure:7.1f} % | "
+              f"{1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
+
+    row("training digits", "", to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]), time.time())
     for name, model in models.items():
         for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
             begun = time.time()
-            x0 = torch.cat([model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
-                            for i in range(0, n, 200)])
-            features, sure = judge.look(x0)
-            print(f"| {name}, {method:8s} | {steps:5d} | {frechet(features, real):16.2f} | "
-                  f"{100 * sure:7.1f} % | {1000 * (time.time() - begun) / n:7.1f} |", flush=True)
+            x0 = [model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
+                  for i in range(0, n, 200)]
+            row(f"{name}, {method}", steps, torch.cat(x0), begun)
 
 
 @torch.no_grad()
@@ -635,7 +615,7 @@ def benchmark(model, ddm, finer, images):
 
     def step(m, *window):
         """Loss and gradients of a batch, compiled on a GPU."""
-        fast = compiled(m.loss_at, *m.draw(x0, *window)) if x0.is_cuda else m.loss_at
+        fast = torch.compile(m.loss_at, disable=not x0.is_cuda)
         return lambda: fast(*m.draw(x0, *window)).total.backward()
 
     def ms(work):
