@@ -496,7 +496,8 @@ def quality(models, train_set, test_set, n):
         print(f"| {name:15s} | {steps:>5} | {distance:16.2f} | {100 * sure:7.1f} % | "
               f"{1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
 
-    row("training digits", "", to_x0(train_set[0][torch.randperm(len(train_set[0]))[:n]]), time.time())
+    some = torch.randperm(len(train_set[0]))[:n]
+    row("training digits", "", to_x0(train_set[0][some]), time.time())
     for name, model in models.items():
         for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
             begun = time.time()
@@ -660,7 +661,7 @@ def arguments():
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
     add("--images", type=int, help="how many of them (10000, quick 500)")
     add("--samples", type=int, help="for the Fréchet distance (GPU 10000, CPU 1000, quick 500)")
-    add("--fine", type=int, help="levels for log Z (1024, quick 256)")
+    add("--fine", type=int, help="levels for log Z (2048, quick 512)")
     add("--steps", type=int, help="training steps (20000, quick 500)")
     add("--batch", type=int, help="images a step (GPU 256, else 64)")
     add("--width", type=int, help="channels, a multiple of 8 (GPU 64, else 32)")
@@ -676,10 +677,10 @@ def arguments():
         p.error("--benchmark compares two models: name one with --beside")
     gpu = (args.device if args.device != "auto" else "cuda") == "cuda" and torch.cuda.is_available()
     run = f"{args.dataset}_{args.model or 'cdm'}"
-    full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=1024, steps=20000,
+    full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=2048, steps=20000,
                 batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002,
                 out=Path("runs", "measured" if args.weights else run))
-    quick = full | dict(images=500, samples=500, fine=256, steps=500, batch=64, width=32, lr=0.004,
+    quick = full | dict(images=500, samples=500, fine=512, steps=500, batch=64, width=32, lr=0.004,
                         out=Path("runs", "measured" if args.weights else f"{run}_quick"))
     for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
