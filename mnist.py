@@ -357,6 +357,7 @@ def train(args, config, images, labels):
     loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
     loss_at = torch.compile(loss_at, disable=device.type != "cuda")     # on a CPU it gains nothing
+    every = max(1, min(100, steps // 20))
 
     def checkpoint(step):
         save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
@@ -373,8 +374,9 @@ def train(args, config, images, labels):
         loss = loss_at(y, *model.draw(to_x0(images[rows]), *window))
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        if step % max(1, min(100, steps // 20)) == 0 or step == steps:
-            report(args, step, first, loss, norm, begun)           # stops if not finite
+        if step % every == 0 or step == steps:
+            ms = 1000 * (time.time() - begun) / (step - first)
+            report(args, step, loss, norm, ms, fresh=step == every)           # stops if not finite
             checkpoint(step - 1)                                   # weights that just proved good
         optimiser.step()
         with torch.no_grad():                         # averages about the last tenth, or 1000 steps
@@ -386,17 +388,16 @@ def train(args, config, images, labels):
     return ema.eval()
 
 
-def report(args, step, first, loss, norm, begun):
+def report(args, step, loss, norm, ms, fresh):
     """A line of progress, printed and logged. SystemExit if training has diverged."""
-    total, ce, mse = (v.item() for v in loss)                      # waits for the GPU: now the time
+    total, ce, mse = (v.item() for v in loss)
     if not math.isfinite(total + norm.item()):
         raise SystemExit(f"training diverged: loss {total} at step {step}. Try a lower --lr. The "
                          f"last good checkpoint, if any, is {args.out / 'model.pt'}")
-    ms = 1000 * (time.time() - begun) / (step - first)
     print(f"step {step:6d} of {args.steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} ms/step"
           f"   {(args.steps - step) * ms / 60000:5.1f} min left", flush=True)
-    with open(args.out / "log.csv", "a" if step > 20 and step > args.steps // 20 else "w") as log:
-        log.write(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
+    with open(args.out / "log.csv", "w" if fresh else "a") as log:
+        log.write("step,ce,mse,ms_per_step\n" * fresh + f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -651,7 +652,7 @@ def arguments():
     add("--dataset", choices=("mnist", "digits"), default="mnist", help="digits: 8x8, offline")
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="auto: cuda, else cpu")
+        help="cuda if there, else cpu")
     add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
     add("--out", type=Path, help="folder for results (runs/ and what the run is)")
     add("--weights", type=Path, help="measure this checkpoint, no training")
@@ -675,21 +676,20 @@ def arguments():
         p.error(f"--weights measures and does not train: no {', '.join(ignored)}")
     if args.benchmark and not args.beside:
         p.error("--benchmark compares two models: name one with --beside")
-    gpu = (args.device if args.device != "auto" else "cuda") == "cuda" and torch.cuda.is_available()
-    run = f"{args.dataset}_{args.model or 'cdm'}"
+    gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+    run = "measured" if args.weights else f"{args.dataset}_{args.model or 'cdm'}"
     full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=2048, steps=20000,
                 batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002,
-                out=Path("runs", "measured" if args.weights else run))
+                out=Path("runs", run))
     quick = full | dict(images=500, samples=500, fine=512, steps=500, batch=64, width=32, lr=0.004,
-                        out=Path("runs", "measured" if args.weights else f"{run}_quick"))
+                        out=Path("runs", f"{run}_quick"))
     for name, value in (quick if args.quick else full).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    bounds = dict(images=100, samples=2, fine=2, steps=1, batch=1, width=8, seed=0)
-    for name, least in bounds.items():
+    for name, least in dict(images=100, samples=2, fine=2, steps=1, batch=1, seed=0).items():
         if not least <= getattr(args, name) < 2 ** 31:
             p.error(f"--{name} must be at least {least}")
-    if args.width % 8 or not 0 < args.lr < math.inf or args.T is not None and args.T < 2:
+    if args.width < 8 or args.width % 8 or not 0 < args.lr < math.inf or args.T is not None and args.T < 2:
         p.error("--width must be a multiple of 8, --lr positive, --T at least 2")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         p.error(f"--device {args.device}: torch {torch.__version__} sees none; try --device cpu")
