@@ -670,17 +670,15 @@ def arguments():
     add("--lr", type=float, help="peak learning rate (0.002, quick 0.004)")
     add("--seed", type=int, default=0)
     args = p.parse_args()
-    ignored = [f"--{name}" for name in ("model", "resume", "steps", "batch", "width", "lr")
-               if getattr(args, name)]
+    ignored = [n for n in ("model", "resume", "steps", "batch", "width", "lr") if getattr(args, n)]
     if args.weights and ignored:
-        p.error(f"--weights measures and does not train: no {', '.join(ignored)}")
+        p.error(f"--weights measures and does not train: no --{', --'.join(ignored)}")
     if args.benchmark and not args.beside:
         p.error("--benchmark compares two models: name one with --beside")
     gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     run = "measured" if args.weights else f"{args.dataset}_{args.model or 'cdm'}"
     full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=2048, steps=20000,
-                batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002,
-                out=Path("runs", run))
+                batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002, out=Path("runs", run))
     quick = full | dict(images=500, samples=500, fine=512, steps=500, batch=64, width=32, lr=0.004,
                         out=Path("runs", f"{run}_quick"))
     for name, value in (quick if args.quick else full).items():
@@ -689,7 +687,8 @@ def arguments():
     for name, least in dict(images=100, samples=2, fine=2, steps=1, batch=1, seed=0).items():
         if not least <= getattr(args, name) < 2 ** 31:
             p.error(f"--{name} must be at least {least}")
-    if args.width < 8 or args.width % 8 or not 0 < args.lr < math.inf or args.T is not None and args.T < 2:
+    if (args.width < 8 or args.width % 8 or not 0 < args.lr < math.inf
+            or args.T is not None and args.T < 2):
         p.error("--width must be a multiple of 8, --lr positive, --T at least 2")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         p.error(f"--device {args.device}: torch {torch.__version__} sees none; try --device cpu")

@@ -377,10 +377,11 @@ def density_figure(pictures, path):
     """A row for each dataset: the truth, what each method learned, samples drawn with the CDM."""
     columns = len(next(iter(pictures.values())))
     fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
-                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.3))
+                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
+    fig.suptitle("square root of each density, normalised; log Z (nats) where it was over 10 % off")
     for row, (dataset, mine) in zip(axes, pictures.items()):
         for ax, (title, picture) in zip(row, mine.items()):
-            show(ax, picture, mine["truth"], title if row is axes[0] else "")
+            show(ax, picture, mine["truth"], title if ax in axes[0] else "")
         row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
     fig.savefig(path, dpi=120)
 
@@ -417,7 +418,7 @@ def posterior_figure(curves, path):
         ax.set(title=f"clean points in {d} dimensions",
                xlabel=f"level t, from clean (0) to pure noise ({len(exact) - 1})")
     axes[0].set_ylabel("mean of log $p_t(x) / p_0(x)$, nats")
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, loc="lower left")
     fig.savefig(path, dpi=120)
 
 
