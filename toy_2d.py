@@ -418,7 +418,7 @@ def posterior_figure(curves, path):
         ax.set(title=f"clean points in {d} dimensions",
                xlabel=f"level t, from clean (0) to pure noise ({len(exact) - 1})")
     axes[0].set_ylabel("mean of log $p_t(x) / p_0(x)$, nats")
-    axes[0].legend(frameon=False, loc="lower left")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     fig.savefig(path, dpi=120)
 
 
