@@ -290,7 +290,7 @@ class CDM(Diffusion):
         return self.ratio_and_noise(xt, self._levels(t, xt)[:, None])[1]
 
     def draw(self, x0, window=None):
-        """xt, eps, levels (B, K) and which of them (B,) a row of xt has: one training step's.
+        """One training step's xt, eps, levels (B, K), and which (B,): the index of the true level.
 
         The true levels are stratified over 0 .. T+1. `levels` are all T+2 or, with window = K, K
         neighbours that hold the true one at a random place; some may lie outside of 0 .. T+1.
@@ -393,11 +393,12 @@ def annealed_log_z(model, x1):
     value, standard error, and a bracket of it from below and from above.
 
     Annealed importance sampling (Neal 2001) both ways between N(0, I) and x1 (n, ...), data at
-    level 1: n chains take the model's DDPM steps down, n are noised up from x1, and log-weights w
-    gather how much likelier each path is the other way. Down, E[exp w] = Z, so mean w lies below
-    log Z; up, as far as data follow p_1, E[exp -w] = 1/Z, and above. More levels narrow the gap.
-    Bennett's acceptance ratio (1976) joins both with least variance; where fewer than 3 chains
-    overlap, half of the bracket is its error. ValueError: no CDM, or n < 2."""
+    level 1: n chains take the model's DDPM steps down, n are noised up from x1. Log-weights w: how
+    much likelier a path is as one of p_1 noised up than as one of N(0, I) stepped down. Down,
+    E[exp w] = Z, so mean w lies below log Z; up, as far as data follow p_1, E[exp -w] = 1/Z, and
+    above. More levels narrow the gap. Bennett's acceptance ratio (1976) joins both with least
+    variance; if 3 chains or fewer overlap, half of the bracket is the error. ValueError: no CDM, or
+    n < 2."""
     if not hasattr(model, "log_prob") or len(x1) < 2:
         raise ValueError(f"log Z needs a CDM and two samples or more, got {type(model)}, {len(x1)}")
     alpha, sigma, d = *(v.tolist() for v in model.schedule), x1[0].numel()

@@ -661,7 +661,8 @@ def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monk
         oracle = toy_2d.CorrelatedPairs(20)
         model = CDM(oracle.logits, schedule)
         model.weight = torch.nn.Parameter(torch.zeros(()))                  # to be trained
-        return toy_2d.Method(model, lambda x0: model.weight ** 2, lambda x: model.log_prob(x) + 3, 1)
+        log_prob = lambda x: model.log_prob(x) + 3
+        return toy_2d.Method(model, lambda x0: model.weight ** 2, log_prob, 1)
     monkeypatch.setitem(toy_2d.CHASM, "off", off_by_3)
     row, (exact, learned) = toy_2d.chasm_run(20, "off", 1, 0)
     assert_close((row["rms"], row["estimated"]), (3.0, 5.0 + 3.0), atol=0.2, rtol=0)
