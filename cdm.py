@@ -335,9 +335,9 @@ def elbo(model, x0, draws=4):
     -bound = KL(q(x_T|x_0) || N(0, I)) + 1/2 int E||eps - eps_hat||^2 dlog-SNR + entropy of
     q(x_1|x_0) (Kingma et al. 2021), the integral by the trapezoid rule, levels at most 1 apart. A
     row's levels are stratified: draws = T takes each once. It uses the denoiser alone: loose by its
-    error, and blind to the constants. ValueError if draws < 1."""
-    if draws < 1:
-        raise ValueError(f"draws must be 1 or more, got {draws!r}")
+    error, and blind to the constants. ValueError if there are no draws or no rows."""
+    if draws < 1 or not len(x0):
+        raise ValueError(f"draws and rows must be 1 or more, got {draws!r} and {len(x0)}")
     alpha, sigma = (v[1:-1].to(x0.dtype) for v in model.schedule)                         # (T,)
     log_snr, d = 2 * (alpha / sigma).log(), x0[0].numel()
     width = (torch.cat([log_snr[:1], log_snr[:-1]]) - torch.cat([log_snr[1:], log_snr[-1:]])) / 2
@@ -362,9 +362,9 @@ def ode_log_prob(model, x, t=1, probes=0):
     divergence (Song et al. 2021). Heun's method from level to level, two predict_noise calls each.
     probes = 0: exact trace, d backward passes a call; probes = n: Hutchinson's unbiased estimate
     from n random sign vectors. ValueError for other t or probes."""
-    if not isinstance(t, int) or not 1 <= t < model.T or probes < 0:
-        raise ValueError(f"t must be an int in 1 .. T-1 = {model.T - 1}, probes 0 or more, "
-                         f"got {t!r}, {probes!r}")
+    if not isinstance(t, int) or not 1 <= t < model.T or probes < 0 or not len(x):
+        raise ValueError(f"t must be an int in 1 .. T-1 = {model.T - 1}, probes 0 or more, rows 1 "
+                         f"or more, got {t!r}, {probes!r}, {len(x)}")
     alpha, sigma, d = *(v.tolist() for v in model.schedule), x[0].numel()
     if probes:
         vectors = torch.randint(0, 2, (probes, *x.shape), device=x.device).to(x) * 2 - 1

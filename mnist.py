@@ -296,7 +296,10 @@ def build(config, images):
 
 def save(path, **content):
     """Plain tensors and numbers, written beside the old file first: a good one is always there."""
-    torch.save(content, f"{path}.part")
+    try:
+        torch.save(content, f"{path}.part")
+    except RuntimeError as error:                         # so torch says that a disk is full
+        raise OSError(f"{path}.part: {error}")
     os.replace(f"{path}.part", path)
 
 

@@ -575,6 +575,8 @@ BAD = {
     "log Z of a DDM": lambda m, x: annealed_log_z(DDM(m.net, m.schedule), x),
     "window too wide": lambda m, x: m.loss(x, window=13),
     "window of one": lambda m, x: m.loss(x, window=1),
+    "ELBO of nothing": lambda m, x: elbo(m, x[:0]),
+    "ODE of nothing": lambda m, x: ode_log_prob(m, x[:0]),
     "no images": lambda m, x: bits_per_dim(m, x[:0].byte()),
     "float images": lambda m, x: bits_per_dim(m, x),
     "unknown likelihood": lambda m, x: bits_per_dim(m, x.byte(), by="guess"),
