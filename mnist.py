@@ -378,6 +378,7 @@ def train(args, config, images, labels):
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         if step % every == 0 or step == steps:
+            norm = norm.item()                                     # waits for the GPU: now the time
             ms = 1000 * (time.time() - begun) / (step - first)
             report(args, step, loss, norm, ms, fresh=step == every)           # stops if not finite
             checkpoint(step - 1)                                   # weights that just proved good
@@ -394,7 +395,7 @@ def train(args, config, images, labels):
 def report(args, step, loss, norm, ms, fresh):
     """A line of progress, printed and logged. SystemExit if training has diverged."""
     total, ce, mse = (v.item() for v in loss)
-    if not math.isfinite(total + norm.item()):
+    if not math.isfinite(total + norm):
         raise SystemExit(f"training diverged: loss {total} at step {step}. Try a lower --lr. The "
                          f"last good checkpoint, if any, is {args.out / 'model.pt'}")
     print(f"step {step:6d} of {args.steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} ms/step"
