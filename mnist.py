@@ -9,7 +9,6 @@
 Read it for a classifier that is asked about one level at a time, for a DDM of the same parts
 (--model ddm), and for how bits/dim of 8-bit images are measured and certified. Results go to
 runs/: model.pt (checkpoint), weights.pt (small), log.csv, pictures. The method itself is in cdm.py.
-Not here: distributed training, data augmentation.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import math
 import os
 import time
 import urllib.request
+import zipfile
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -30,11 +30,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.benchmark import Timer
 
-from cdm import CDM, DDM, annealed_log_z, bits_per_dim, log_snr_schedule
+from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_snr_schedule,
+                 ode_log_prob, sample)
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen: no screen is needed)
+matplotlib.use("Agg")                                                    # no screen is needed
+import matplotlib.pyplot as plt  # noqa: E402
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -46,57 +48,44 @@ FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",  # MD5 o
          "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 
 
-def parse_idx(data, md5):
-    """The array in the bytes of an IDX file. ValueError if they are not what they should be."""
-    digest = hashlib.md5(data).hexdigest()
-    if digest != md5:
-        raise ValueError(f"damaged: {len(data)} bytes with MD5 {digest}, not {md5}")
-    axes = data[3]                                            # big-endian sizes, then the bytes
-    return np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(
-        np.frombuffer(data, ">i4", axes, 4))
-
-
 def read_or_download(folder, name, md5, mirrors=MIRRORS):
-    """One IDX array from folder/name or folder/name.gz, else from the first mirror that answers.
+    """The array in folder/name.gz (IDX format), or from the first mirror that gives a good one.
 
-    SystemExit, with what to do, if a file there is damaged or no mirror gives a good one."""
-    local = [path for path in (folder / name, folder / f"{name}.gz") if path.exists()]
-    problems = []
-    for source in local[:1] or [f"{mirror}{name}.gz" for mirror in mirrors]:
+    SystemExit, with what to do, if the file there is damaged or no mirror answers."""
+    path, problems = folder / f"{name}.gz", []
+    for source in [path] if path.exists() else [f"{mirror}{name}.gz" for mirror in mirrors]:
         try:
-            if local:
-                data = source.read_bytes()
-            else:
-                print(f"downloading {source}", flush=True)
-                with urllib.request.urlopen(source, timeout=30) as reply:
-                    data = reply.read()
-            array = parse_idx(gzip.decompress(data) if f"{source}".endswith("gz") else data, md5)
-            if not local:                                         # all of it or nothing
+            with open(path, "rb") if source == path else urllib.request.urlopen(source) as file:
+                packed = file.read()
+            data = gzip.decompress(packed)
+            if hashlib.md5(data).hexdigest() != md5:
+                raise ValueError(f"damaged: {len(data)} bytes that are not MNIST's")
+            if source != path:                                    # all of it or nothing
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "part").write_bytes(data)
-                os.replace(folder / "part", folder / f"{name}.gz")
-            return array
+                (folder / "part").write_bytes(packed)
+                os.replace(folder / "part", path)
+            axes = data[3]                                        # big-endian sizes, then the bytes
+            sizes = np.frombuffer(data, ">i4", axes, 4)
+            return torch.tensor(np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(sizes))
         except (EOFError, HTTPException, OSError, ValueError, zlib.error) as error:
-            problems.append(f"  {source}: {error}")
+            problems.append(f"{source}: {error}")
     raise SystemExit("\n".join([
-        f"MNIST cannot be read ({name}):", *problems, "Delete a damaged file to fetch it anew, or "
-        f"put these four, with or without .gz, into {folder}/ (or name another --data):",
-        *(f"  {f}" for f in FILES), "or run offline with --dataset digits."]))
+        "MNIST cannot be read:", *problems, f"Delete a damaged file, or put these in {folder}/ (or "
+        "name another --data), or use --dataset digits:", *(f"{file}.gz" for file in FILES)]))
 
 
 def load_data(dataset, folder):
     """(images, labels) of training, validation and test: uint8 (N, 1, H, W), long (N,)."""
     if dataset == "digits":                                       # 1797 digits of 8x8, grey 0 .. 16
-        images, labels = load_digits().images, load_digits().target
-        order = np.random.default_rng(0).permutation(len(images))
-        images = np.rint(images[order] * 255 / 16).astype(np.uint8)
-        arrays = images[:1500], labels[order][:1500], images[1500:], labels[order][1500:]
+        order = np.random.default_rng(0).permutation(1797)
+        x = torch.tensor(load_digits().images[order] * 255 / 16).round().to(torch.uint8)
+        y = torch.tensor(load_digits().target[order])
+        x, y, test, test_y, held_out = x[:1500], y[:1500], x[1500:], y[1500:], 150
     else:
-        arrays = [read_or_download(Path(folder), name, md5) for name, md5 in FILES.items()]
-    x, y, test, test_y = (torch.from_numpy(a.copy()) for a in arrays)
-    x, test, y, test_y = x[:, None], test[:, None], y.long(), test_y.long()
-    n = len(x) - (150 if dataset == "digits" else 5000)
-    return (x[:n], y[:n]), (x[n:], y[n:]), (test, test_y)
+        x, y, test, test_y = (read_or_download(Path(folder), *file) for file in FILES.items())
+        held_out = 5000
+    x, y, test, test_y = x[:, None], y.long(), test[:, None], test_y.long()
+    return (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), (test, test_y)
 
 
 def to_x0(images):
@@ -281,7 +270,7 @@ def wiener_error(images, schedule):
     """The MSE of eps_hat of the best linear denoiser at every level, (T+2,): the mean, over the
     eigenvalues s of the images' covariance, of alpha^2 s / (alpha^2 s + sigma^2) (Wiener 1949).
     Levels 0 and T+1 have that of their neighbours."""
-    s = torch.linalg.eigvalsh(to_x0(images).flatten(1).T.double().cov()).clamp(min=0)
+    s = torch.linalg.eigvalsh(to_x0(images.cpu()).flatten(1).T.double().cov()).clamp(min=0)
     alpha, sigma = (v[1:-1, None] for v in schedule)
     error = (alpha ** 2 * s / (alpha ** 2 * s + sigma ** 2)).mean(1)
     return torch.cat([error[:1], error, error[-1:]])
@@ -306,66 +295,73 @@ def save(path, **content):
 def load(path):
     """The content of a checkpoint. SystemExit if it is missing, damaged or of another kind."""
     try:
+        if zipfile.ZipFile(path).testzip():                            # compares its checksums
+            raise ValueError("damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["ema"].items(), [content["config"][k] for k in ("model", "dataset", "T", "width")]
         return content
     except Exception as error:
-        problem = (str(error) or "no more is known").splitlines()[0]
-        problem = problem.split("(1)")[0]                # torch goes on to advise an unsafe load
-        raise SystemExit(f"{path} is no usable checkpoint ({type(error).__name__}: {problem})")
+        problem = f"{type(error).__name__}: {error}".split("(1)")[0]   # torch goes on to advise
+        raise SystemExit(f"{path} is no usable checkpoint ({problem})")           # an unsafe load
 
 
-def load_model(path, dataset, images, device, T=None):
+def load_model(path, args, images):
     """The averaged model of a checkpoint, ready to measure, with its own number of levels or T."""
     kept = load(path)
-    config = kept["config"] | dict(T=T or kept["config"]["T"])
-    if config["dataset"] != dataset:
-        raise SystemExit(f"{path} was trained on --dataset {config['dataset']}")
+    config = kept["config"] | dict(T=args.T or kept["config"]["T"])
     try:
+        if config["dataset"] != args.dataset:
+            raise ValueError(f"trained on --dataset {config['dataset']}")
+        if not all(v.isfinite().all() for v in kept["ema"].values()):
+            raise ValueError("weights that are not finite")
         model = build(config, images)
         model.load_state_dict(kept["ema"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path} holds no network that this program can build: {error}")
-    if not all(v.isfinite().all() for v in kept["ema"].values()):
-        raise SystemExit(f"{path} holds weights that are not finite")
-    return model.to(device).eval()
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} holds no network that can be used here: {error}")
+    return model.to(args.device).eval()
 
 
-def where_to_begin(args, config, *parts):
-    """The step to go on from, 0 if not --resume, after loading the parts: model, average, Adam.
-    SystemExit if that would be another run, or a new one would overwrite a longer one."""
-    path = args.out / "model.pt"
-    kept = load(path) if args.resume or path.exists() else {}
-    if not args.resume:
-        if kept.get("step", 0) > args.steps:
-            raise SystemExit(f"{path} is of a longer run: --resume it, or name another --out")
-        return 0
-    if kept["config"] != config or "optimiser" not in kept:
-        raise SystemExit(f"--resume: {path} was made with {kept['config']}, not {config}")
-    for part, name in zip(parts, ("model", "ema", "optimiser")):
-        part.load_state_dict(kept[name])
-    return kept["step"]
+class Checkpoint:
+    """args.out/model.pt: model, average and Adam after a step, and the run's configuration."""
+
+    def __init__(self, args, config, **parts):
+        self.path, self.config, self.parts = args.out / "model.pt", config, parts
+        self.step, self.stamp = 0, self.path.exists() and self.path.stat().st_mtime_ns
+        kept = load(self.path) if args.resume or self.stamp else {}
+        if not args.resume and kept.get("step", 0) > args.steps:
+            raise SystemExit(f"{self.path}: a longer run. --resume it, or name another --out")
+        if args.resume:
+            if kept["config"] != config or "optimiser" not in kept:
+                raise SystemExit(f"--resume: {self.path} is of {kept['config']}, not {config}")
+            self.step = kept["step"]
+            for name, part in parts.items():
+                part.load_state_dict(kept[name])
+
+    def save(self, step):
+        """SystemExit if another process has written the file since: the two would mix."""
+        if self.stamp != (self.path.exists() and self.path.stat().st_mtime_ns):
+            raise SystemExit(f"{self.path} is written by another process too; name another --out")
+        save(self.path, config=self.config, step=step,
+             **{name: part.state_dict() for name, part in self.parts.items()})
+        self.stamp = self.path.stat().st_mtime_ns
 
 
 def train(args, config, images, labels):
     """Train; return the model with averaged weights (EMA). Checkpoint and log go to args.out."""
-    device, steps, path = args.device, args.steps, args.out / "model.pt"
+    device, steps = args.device, args.steps
     model = build(config, images).to(device)
     ema, optimiser = copy.deepcopy(model), torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    first, begun = where_to_begin(args, config, model, ema, optimiser), time.time()
+    checkpoint = Checkpoint(args, config, model=model, ema=ema, optimiser=optimiser)
+    first, begun = checkpoint.step, time.time()
+    if not first:
+        (args.out / "log.csv").write_text("step,ce,mse,ms_per_step\n")
     wiener = wiener_error(images, model.schedule)     # each level's error counts relative to this
     weights, window = dict(w_mse=(wiener.mean() / wiener).float().to(device)), []
     if args.model == "cdm":
         weights, window = weights | dict(w_ce=W_CE), [WINDOW]
-    loss_at = lambda y, *drawn: model.given(y).loss_at(*drawn, **weights)
-    images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
+    loss_at = lambda y, *drawn: given(model, y).loss_at(*drawn, **weights)
     loss_at = torch.compile(loss_at, disable=device.type != "cuda")     # on a CPU it gains nothing
-    every = max(1, min(100, steps // 20))
-
-    def checkpoint(step):
-        save(path, config=config, step=step, model=model.state_dict(), ema=ema.state_dict(),
-             optimiser=optimiser.state_dict())
-
+    images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
     for step in range(first + 1, steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
         rows = torch.randint(len(images), (args.batch,), device=device)   # a resumed run repeats it
@@ -377,52 +373,50 @@ def train(args, config, images, labels):
         loss = loss_at(y, *model.draw(to_x0(images[rows]), *window))
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        if step % every == 0 or step == steps:
-            norm = norm.item()                                     # waits for the GPU: now the time
-            ms = 1000 * (time.time() - begun) / (step - first)
-            report(args, step, loss, norm, ms, fresh=step == every)           # stops if not finite
-            checkpoint(step - 1)                                   # weights that just proved good
+        if step % max(1, min(100, steps // 20)) == 0 or step == steps:
+            report(args, step, loss, norm, (time.time() - begun) / (step - first))
+            checkpoint.save(step - 1)                              # weights that just proved good
         optimiser.step()
         with torch.no_grad():                         # averages about the last tenth, or 1000 steps
             blend = max(0.001, 9 / (9 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), blend)
-    checkpoint(steps)
+    checkpoint.save(steps)
     half = {name: v.half() for name, v in ema.state_dict().items()}
     save(args.out / "weights.pt", config=config, ema=half)                 # small, to give away
     return ema.eval()
 
 
-def report(args, step, loss, norm, ms, fresh):
+def report(args, step, loss, norm, seconds):
     """A line of progress, printed and logged. SystemExit if training has diverged."""
     total, ce, mse = (v.item() for v in loss)
-    if not math.isfinite(total + norm):
+    if not math.isfinite(total + norm.item()):
         raise SystemExit(f"training diverged: loss {total} at step {step}. Try a lower --lr. The "
                          f"last good checkpoint, if any, is {args.out / 'model.pt'}")
-    print(f"step {step:6d} of {args.steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   {ms:5.0f} ms/step"
-          f"   {(args.steps - step) * ms / 60000:5.1f} min left", flush=True)
-    with open(args.out / "log.csv", "w" if fresh else "a") as log:
-        log.write("step,ce,mse,ms_per_step\n" * fresh + f"{step},{ce:.5f},{mse:.6f},{ms:.1f}\n")
+    print(f"step {step:6d} of {args.steps}   CE {ce:6.3f} nats   MSE {mse:.4f}   "
+          f"{1000 * seconds:5.0f} ms/step   {(args.steps - step) * seconds / 60:5.1f} min left",
+          flush=True)
+    with open(args.out / "log.csv", "a") as log:
+        log.write(f"{step},{ce:.5f},{mse:.6f},{1000 * seconds:.1f}\n")
 
 
 # -------------------------------------------------------------------------------------- measuring
 
 
+@torch.no_grad()
 def batches(function, images):
     """function of a hundred images at a time, as one tensor. SystemExit if not all is finite."""
-    values = torch.cat([function(k) for k in images.split(100)]).double().cpu()
+    values = torch.cat([function(k) for k in images.split(100)]).cpu().double()
     if not values.isfinite().all():
-        bad = (~values.isfinite()).sum()
-        raise SystemExit(f"{bad} of {values.numel()} results are not finite")
+        raise SystemExit(f"{(~values.isfinite()).sum()} of {values.numel()} results are not finite")
     return values
 
 
-@torch.no_grad()
 def likelihood(model, finer, images):
     """Print bits/dim of 8-bit images by the ELBO and, of a CDM, by one forward pass, certified.
 
     What can make one pass wrong is its normaliser log Z alone: `finer`, the same network with more
     levels, measures it by annealing. ELBO and ODE stand beside it, compared image by image."""
-    to_bits, begun = 1 / (images[0].numel() * math.log(2)), time.time()
+    begun = time.time()
     print(f"| {'bits/dim':36s} | images |   mean |   s.e. | seconds |\n"
           f"| {'-' * 36} | ------ | ------ | ------ | ------- |")
 
@@ -434,19 +428,19 @@ def likelihood(model, finer, images):
         begun = time.time()
         return mean, error
 
-    bound = batches(lambda k: bits_per_dim(model, k, "elbo", draws=model.T), images[:500])
+    bound = batches(lambda k: bits_per_dim(model, k, elbo, draws=model.T), images[:500])
     row("ELBO, an upper bound", bound)
     if finer is None:
         return
     bits = batches(lambda k: bits_per_dim(model, k), images)
     mean, error = row("one forward pass", bits)
     row("ELBO less one pass, paired", bound - bits[:500])
-    flow = batches(lambda k: bits_per_dim(model, k, "ode", probes=1), images[:40])
+    flow = batches(lambda k: bits_per_dim(model, k, ode_log_prob, probes=1), images[:40])
     row("probability-flow ODE less one pass", flow - bits[:40])
     x0 = to_x0(images[:40])
     x1 = finer.add_noise(x0, 1, torch.randn_like(x0))
-    log_z, off, below, above = (v * to_bits for v in annealed_log_z(finer, x1))
-    batches(lambda _: torch.tensor([log_z + off]), images[:1])                     # is it a number?
+    found = batches(lambda x1: torch.tensor(annealed_log_z(finer, x1)), x1)
+    log_z, off, below, above = (found / (x0[0].numel() * math.log(2))).tolist()
     row(f"log Z by annealing, {finer.T} levels", torch.full((len(x0),), log_z), off)
     print(f"log Z from below and above: {below:.3f}, {above:.3f}. One pass + log Z: "
           f"{mean + log_z:.3f} +- {math.hypot(error, off):.3f} bits/dim.\n{verdict(log_z, off)}")
@@ -486,32 +480,27 @@ def frechet(a, b):
             - 2 * cross).item()
 
 
-@torch.no_grad()
 def quality(models, train_set, test_set, n):
     """Print how far n samples of each model and sampler are from the test digits."""
-    with torch.enable_grad():
-        judge, body = make_judge(*train_set)
+    judge, body = make_judge(*train_set)
     real = batches(body, to_x0(test_set[0]))
     print(f"\n| {n:7d} samples | steps | Fréchet distance | 90 % sure | ms each |\n"
           "| --------------- | ----- | ---------------- | --------- | ------- |")
 
     def row(name, steps, x0, begun):
         sure = batches(lambda x0: judge(x0).softmax(1).amax(1) >= 0.9, x0).mean()
-        distance = frechet(batches(body, x0), real)
-        print(f"| {name:15s} | {steps:>5} | {distance:16.2f} | {100 * sure:7.1f} % | "
-              f"{1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
+        print(f"| {name:15s} | {steps:>5} | {frechet(batches(body, x0), real):16.2f} | "
+              f"{100 * sure:7.1f} % | {1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
 
     some = torch.randperm(len(train_set[0]))[:n]
     row("training digits", "", to_x0(train_set[0][some]), time.time())
     for name, model in models.items():
         for method, steps in (("ddim", min(50, model.T)), ("ddpm", model.T)):
-            begun = time.time()
-            x0 = [model.sample((min(200, n - i), *test_set[0].shape[1:]), steps, method)
-                  for i in range(0, n, 200)]
-            row(f"{name}, {method}", steps, torch.cat(x0), begun)
+            begun, xT = time.time(), torch.randn(n, *test_set[0].shape[1:]).to(test_set[0].device)
+            x0 = torch.cat([sample(model, x, steps, method) for x in xT.split(200)])
+            row(f"{name}, {method}", steps, x0, begun)
 
 
-@torch.no_grad()
 def classify(model, images, labels):
     """Bayes' rule with ten equally likely classes: the y of the highest log p_t(x_t given y), at
     log-SNR -0.3. With less noise a digit under a wrong label is like nothing seen in training."""
@@ -519,10 +508,10 @@ def classify(model, images, labels):
 
     def most_likely(k):
         xt = model.add_noise(to_x0(k), t, torch.randn(k.shape, device=k.device))
-        classes = torch.arange(CLASSES, device=k.device)[:, None].expand(-1, len(k))
-        return torch.stack([model.given(y).log_prob(xt, t) for y in classes]).argmax(0)
+        return torch.stack([given(model, torch.full((len(k),), y, device=k.device)).log_prob(xt, t)
+                            for y in range(CLASSES)]).argmax(0)
 
-    right = (batches(most_likely, images) == labels).double().mean()
+    right = (batches(most_likely, images) == labels.cpu()).double().mean()
     print(f"class of the highest log p_t(x_t given class), t = {t}, ten passes: {100 * right:.1f} %"
           f" of {len(images)} images right", flush=True)
 
@@ -538,13 +527,6 @@ def picture(ax, x0, title):
     ax.axis("off")
 
 
-def finish(fig, path):
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-    print(f"figure: {path}", flush=True)
-
-
-@torch.no_grad()
 def show_samples(models, images, path):
     """A picture: real digits, and each model's from the same noise, free and class by class."""
     noise = torch.randn(100, *images.shape[1:], device=images.device)
@@ -553,11 +535,11 @@ def show_samples(models, images, path):
                              layout="constrained")
     picture(axes[0], to_x0(images[:100]).unflatten(0, (10, -1)), "real digits")
     for pair, (name, model) in zip((axes[1:3], axes[3:]), models.items()):
-        for ax, one, title in zip(pair, (model, model.given(y, 1.0)), ("", ", a class a row")):
+        for ax, one, title in zip(pair, (model, given(model, y, 1.0)), ("", ", a class a row")):
             torch.manual_seed(0)                                    # the noise of the steps, too
-            x0 = one.sample(None, model.T, "ddpm", xT=noise).clamp(-1, 1)
+            x0 = sample(one, noise, model.T, "ddpm").clamp(-1, 1)
             picture(ax, x0.unflatten(0, (10, 10)), f"{name}{title}")
-    finish(fig, path)
+    fig.savefig(path, dpi=100)
 
 
 @torch.no_grad()
@@ -578,39 +560,29 @@ def show_levels(model, image, path):
         off = (model.predict_noise(xt, t) - eps).abs()
         picture(column[2], off[None] - 1, "error |eps_hat - eps|")
         picture(column[3], model.denoise(xt, t)[None], "denoised: x0_hat")
-    finish(fig, path)
+    fig.savefig(path, dpi=100)
 
 
 @torch.no_grad()
 def show_errors(models, images, train_images, path):
-    """The paper's figures 4 and 5: the error at each level beside the other model's and the best
-    linear denoiser's, and the denoised pure noise, of which little can be told but the mean."""
-    mean, x0 = to_x0(train_images).mean(0).to(images.device), to_x0(images)
-    schedule, T, eps = models["CDM"].schedule, models["CDM"].T, torch.randn_like(x0)
-    levels = list(range(1, T + 1, max(1, T // 32)))
-    log_snr = 2 * (schedule.alpha / schedule.sigma).log()[levels]
-    fig, axes = plt.subplots(1, 5, figsize=(12, 3), width_ratios=[3, 3, 1, 1, 1],
-                             layout="constrained")
-    errors = {"linear": wiener_error(train_images, schedule)[levels].numpy()}
-    picture(axes[2], mean[None, None], "mean digit")
-    for ax, (name, model) in zip(axes[3:], models.items()):
-        errors[name] = np.array([F.mse_loss(model.predict_noise(
-            model.add_noise(x0, t, eps), t), eps).item() for t in levels])
-        x0_hat = model.denoise(eps[:100], T)
-        picture(ax, x0_hat[:3, None], f"{name}: x0_hat\nof pure noise")
-        ratio = errors[name] / errors["linear"]
-        axes[1].plot(log_snr, ratio, "-" if name == "CDM" else "--", label=name)
-        print(f"{name}: MSE of eps_hat at worst {ratio.max():.3f} of the best linear denoiser's; "
-              f"pure noise denoised is {F.mse_loss(x0_hat, mean.expand_as(x0_hat)) ** 0.5:.3f} "
-              "(rms) from the mean digit")
-    ratio = errors["CDM"] / errors["DDM"]
+    """The paper's figure 4: the MSE of eps_hat at each level, CDM beside DDM, and a picture of
+    both beside the best linear denoiser."""
+    x0, T, schedule = to_x0(images), models["CDM"].T, models["CDM"].schedule
+    levels, eps, error = range(1, T + 1, max(1, T // 32)), torch.randn_like(x0), {}
+    log_snr = 2 * (schedule.alpha / schedule.sigma).log()[list(levels)]
+    linear = wiener_error(train_images, schedule)[list(levels)]
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    for name, model in models.items():
+        error[name] = torch.tensor([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t),
+                                               eps) for t in levels]).double()
+        print(f"{name}: MSE at worst {(error[name] / linear).max():.3f} of the best linear one's")
+        ax.plot(log_snr, error[name] / linear, "-" if name == "CDM" else "--", label=name)
+    ratio = error["CDM"] / error["DDM"]
     print(f"MSE of eps_hat, CDM / DDM: mean {ratio.mean():.3f}, at worst {ratio.max():.3f}")
-    axes[0].plot(log_snr, ratio, color="black")
-    axes[1].legend()
-    for ax, title in zip(axes, ("MSE of eps_hat, CDM / DDM", "MSE / best linear denoiser's")):
-        ax.axhline(1, color="grey", linewidth=0.5)
-        ax.set(xlabel="log-SNR (left: noise)", title=title)
-    finish(fig, path)
+    ax.set(xlabel="log-SNR (left: noise)", title="MSE of eps_hat / the best linear denoiser's")
+    ax.axhline(1, color="grey", linewidth=0.5)
+    ax.legend()
+    fig.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -626,26 +598,30 @@ def benchmark(model, ddm, finer, images):
         return lambda: fast(*m.draw(x0, *window)).total.backward()
 
     def ms(work):
-        times = []
-        for _ in range(7):
-            begun = time.perf_counter()
-            work()
-            torch.cuda.synchronize() if x0.is_cuda else None
-            times.append(1000 * (time.perf_counter() - begun))
-        return np.median(times[2:])
+        timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
+        return 1000 * timer.blocked_autorange(min_run_time=1).median
 
     bits = lambda *by, **options: lambda: bits_per_dim(model, k, *by, **options)
-    draw = lambda m: lambda: m.sample(k.shape, m.T)
+    draw = lambda m: lambda: sample(m, torch.randn_like(x0[:10]), m.T)
     mine, one_pass = step(model, WINDOW), bits()
     print("\n| a CDM's | ms | beside | ms | ratio |\n| --- | --- | --- | --- | --- |")
     for name, work, beside, other in (
             (f"training step of {len(x0)}", mine, "DDM", step(ddm)),
             ("training step", mine, f"at T = {finer.T}, not {model.T}", step(finer, WINDOW)),
-            (f"{len(k)} samples, {model.T} steps", draw(model), "DDM", draw(ddm)),
-            (f"{len(k)} likelihoods", one_pass, "ELBO", bits("elbo", draws=model.T)),
-            (f"{len(k)} likelihoods", one_pass, "ODE", bits("ode", probes=1))):
+            (f"10 samples, {model.T} steps", draw(model), "DDM", draw(ddm)),
+            ("10 likelihoods", one_pass, "ELBO", bits(elbo, draws=model.T)),
+            ("10 likelihoods", one_pass, "ODE", bits(ode_log_prob, probes=1))):
         a, b = ms(work), ms(other)
         print(f"| {name} | {a:.1f} | {beside} | {b:.1f} | {b / a:.3g} |", flush=True)
+
+
+def at_least(least, multiple=1):
+    """A parser of whole numbers that refuses those that mean nothing."""
+    def parse(text):
+        if not least <= int(text) < 2 ** 31 or int(text) % multiple:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, a multiple of {multiple}")
+        return int(text)
+    return parse
 
 
 def arguments():
@@ -664,39 +640,36 @@ def arguments():
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--benchmark", action="store_true", help="also time the two, needs --beside")
     add("--split", choices=("validation", "test"), default="test", help="images to measure on")
-    add("--images", type=int, help="how many of them (10000, quick 500)")
-    add("--samples", type=int, help="for the Fréchet distance (GPU 10000, CPU 1000, quick 500)")
-    add("--fine", type=int, help="levels for log Z (2048, quick 512)")
-    add("--steps", type=int, help="training steps (20000, quick 500)")
-    add("--batch", type=int, help="images a step (GPU 256, else 64)")
-    add("--width", type=int, help="channels, a multiple of 8 (GPU 64, else 32)")
-    add("--T", type=int, help="noise levels (64; with --weights: as many as you like)")
+    add("--images", type=at_least(100), help="how many of them (10000, quick 500)")
+    add("--samples", type=at_least(2), help="for Fréchet (GPU 10000, CPU 1000, quick 500)")
+    add("--fine", type=at_least(2), help="levels for log Z (2048, quick 512)")
+    add("--steps", type=at_least(1), help="training steps (20000, quick 500)")
+    add("--batch", type=at_least(1), help="images a step (GPU 256, else 64)")
+    add("--width", type=at_least(8, 8), help="channels, a multiple of 8 (GPU 64, else 32)")
+    add("--T", type=at_least(2), help="noise levels (64; with --weights: as many as you like)")
     add("--lr", type=float, help="peak learning rate (0.002, quick 0.004)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=at_least(0), default=0)
     args = p.parse_args()
     ignored = [n for n in ("model", "resume", "steps", "batch", "width", "lr") if getattr(args, n)]
     if args.weights and ignored:
         p.error(f"--weights measures and does not train: no --{', --'.join(ignored)}")
     if args.benchmark and not args.beside:
         p.error("--benchmark compares two models: name one with --beside")
-    gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-    run = "measured" if args.weights else f"{args.dataset}_{args.model or 'cdm'}"
-    full = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=2048, steps=20000,
-                batch=256 if gpu else 64, width=64 if gpu else 32, lr=0.002, out=Path("runs", run))
-    quick = full | dict(images=500, samples=500, fine=512, steps=500, batch=64, width=32, lr=0.004,
-                        out=Path("runs", f"{run}_quick"))
-    for name, value in (quick if args.quick else full).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, least in dict(images=100, samples=2, fine=2, steps=1, batch=1, seed=0).items():
-        if not least <= getattr(args, name) < 2 ** 31:
-            p.error(f"--{name} must be at least {least}")
-    if (args.width < 8 or args.width % 8 or not 0 < args.lr < math.inf
-            or args.T is not None and args.T < 2):
-        p.error("--width must be a multiple of 8, --lr positive, --T at least 2")
     if args.device in ("cuda", "mps") and not getattr(torch, args.device).is_available():
         p.error(f"--device {args.device}: torch {torch.__version__} sees none; try --device cpu")
+    gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
     args.device = torch.device(("cuda" if gpu else "cpu") if args.device == "auto" else args.device)
+    run = "measured" if args.weights else f"{args.dataset}_{args.model or 'cdm'}"
+    defaults = dict(model="cdm", images=10000, samples=10000 if gpu else 1000, fine=2048, lr=0.002,
+                    steps=20000, batch=256 if gpu else 64, width=64 if gpu else 32)
+    if args.quick:
+        run = f"{run}_quick"
+        defaults |= dict(images=500, samples=500, fine=512, lr=0.004, steps=500, batch=64, width=32)
+    for name, value in (defaults | dict(out=Path("runs", run))).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not 0 < args.lr < math.inf:
+        p.error("--lr must be positive")
     return args
 
 
@@ -707,11 +680,11 @@ def main():
     images = train_set[0]
     print(f"torch {torch.__version__} on {args.device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels", flush=True)
-    beside = args.beside and load_model(args.beside, args.dataset, images, args.device, args.T)
+    beside = args.beside and load_model(args.beside, args, images)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.weights:
-            model = load_model(args.weights, args.dataset, images, args.device, args.T)
+            model = load_model(args.weights, args, images)
         else:
             names = "model", "dataset", "width", "steps", "batch", "lr", "seed"
             config = {name: getattr(args, name) for name in names} | dict(T=args.T or 64)
@@ -745,12 +718,13 @@ def measure(args, models, train_set, held_out):
             show_levels(model, images[:1], args.out / "levels.png")
         likelihood(model, finer if name == "CDM" else None, images)
     if "CDM" in models:
-        classify(models["CDM"], images[:1000], labels[:1000].cpu())
+        classify(models["CDM"], images[:1000], labels[:1000])
     if len(models) == 2:
         show_errors(models, images[:500], train_set[0], args.out / "errors.png")
     quality(models, train_set, held_out, args.samples)
     if args.benchmark:
         benchmark(models["CDM"], models["DDM"], finer, train_set[0][:args.batch])
+    print(f"pictures: {', '.join(str(path) for path in sorted(args.out.glob('*.png')))}")
 
 
 if __name__ == "__main__":

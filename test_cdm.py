@@ -23,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import cdm
 import mnist
 import toy_2d
-from cdm import (CDM, DDM, Schedule, annealed_log_z, bits_per_dim, ddpm_schedule, elbo,
-                 log_snr_schedule, ode_log_prob, ot_schedule, uniform_schedule)
+from cdm import (CDM, DDM, Schedule, annealed_log_z, bits_per_dim, ddpm_schedule, elbo, given,
+                 log_snr_schedule, ode_log_prob, ot_schedule, sample, uniform_schedule)
 
+HERE = Path(__file__).parent
 SCHEDULES = {"ddpm": ddpm_schedule(50), "uniform": uniform_schedule(50), "ot": ot_schedule(50),
              "log-SNR": log_snr_schedule(50, 8, -8)}
 
@@ -47,22 +48,15 @@ class Mixture:
         alpha, sigma, eye = alpha[..., None], sigma[..., None], torch.eye(2).double()
         self.noised_covs = alpha ** 2 * self.covs + sigma ** 2 * eye
         self.precisions = torch.linalg.inv(self.noised_covs)                          # (L, K, d, d)
-        linear = torch.einsum("lkij,lkj->lki", self.precisions, self.noised_means)
-        constant = (self.weights.log() - 0.5 * torch.logdet(2 * math.pi * self.noised_covs)
-                    - 0.5 * (linear * self.noised_means).sum(-1))
-        self.table = torch.cat([-0.5 * self.precisions.flatten(2), linear, constant[..., None]], 2)
 
     def parts(self, x):
-        """log(w_k N_k(x)) at every level: (B, L, K), a quadratic in x."""
-        squares = (x[:, :, None] * x[:, None]).flatten(1)
-        features = torch.cat([squares, x, torch.ones_like(x[:, :1])], 1)
-        return torch.einsum("bf,lkf->blk", features, self.table)
+        """log(w_k N_k(x)) at every level: (B, L, K)."""
+        gap = x[:, None, None] - self.noised_means
+        square = torch.einsum("blki,lkij,blkj->blk", gap, self.precisions, gap)
+        return self.weights.log() - 0.5 * (torch.logdet(2 * math.pi * self.noised_covs) + square)
 
     def logits(self, x):
         return self.parts(x).logsumexp(2)
-
-    def log_prob(self, x, t):
-        return self.logits(x)[:, t]
 
     def posterior_mean(self, x, t):
         """E[x_0 | x_t = x]: each component's linear regression, weighted by its responsibility."""
@@ -76,13 +70,16 @@ class Mixture:
         return self.means[k] + torch.einsum("bij,bj->bi", root[k], torch.randn(n, 2).double())
 
 
-def mixture(schedule):
-    return Mixture(schedule, [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]],
-                   [[[0.2, 0.1], [0.1, 0.3]], [[0.05, 0.0], [0.0, 0.4]]])
+def mixture(schedule=SCHEDULES["log-SNR"]):
+    """A mixture of two Gaussians in the plane, and the exact model of it."""
+    truth = Mixture(schedule, [0.3, 0.7], [[-1.0, 0.5], [1.0, 0.0]],
+                    [[[0.2, 0.1], [0.1, 0.3]], [[0.05, 0.0], [0.0, 0.4]]])
+    return truth, CDM(truth.logits, schedule)
 
 
 def one_gaussian(schedule, mean=(0.5, -1.0), cov=((0.5, 0.3), (0.3, 0.4))):
-    return Mixture(schedule, [1.0], [mean], [cov])
+    truth = Mixture(schedule, [1.0], [mean], [cov])
+    return truth, CDM(truth.logits, schedule)
 
 
 # ------------------------------------------------------------------------- the paper in two tests
@@ -90,8 +87,7 @@ def one_gaussian(schedule, mean=(0.5, -1.0), cov=((0.5, 0.3), (0.3, 0.4))):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_theorem_3_1_the_gradient_of_exact_logits_is_the_posterior_mean(name):
-    truth = mixture(SCHEDULES[name])
-    model = CDM(truth.logits, truth.schedule)
+    truth, model = mixture(SCHEDULES[name])
     x = 2 * torch.randn(64, 2).double()
     for t in range(51):
         assert_close(model.denoise(x, t), truth.posterior_mean(x, t), rtol=1e-8, atol=1e-8)
@@ -100,11 +96,10 @@ def test_theorem_3_1_the_gradient_of_exact_logits_is_the_posterior_mean(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_theorem_3_2_the_logits_give_the_exact_log_density_at_every_level(name):
-    truth = mixture(SCHEDULES[name])
-    model = CDM(truth.logits, truth.schedule)
+    truth, model = mixture(SCHEDULES[name])
     x = 2 * torch.randn(64, 2).double()
     for t in range(52):
-        assert_close(model.log_prob(x, t), truth.log_prob(x, t))
+        assert_close(model.log_prob(x, t), truth.logits(x)[:, t])
     t = torch.randint(0, 52, (64,))                                # a level per row
     assert_close(model.log_prob(x, t), truth.logits(x).gather(1, t[:, None])[:, 0])
 
@@ -113,31 +108,28 @@ def test_theorem_3_2_the_logits_give_the_exact_log_density_at_every_level(name):
 
 
 @pytest.mark.parametrize("make", [ddpm_schedule, uniform_schedule, ot_schedule, log_snr_schedule])
-@pytest.mark.parametrize("T", [2, 3, 10, 257, 1000])
-def test_schedules_fall_from_clean_to_pure_noise(make, T):
+@pytest.mark.parametrize("T", [2, 3, 257])
+def test_schedules_fall_from_clean_to_pure_noise_as_their_definition_says(make, T):
     alpha, sigma = make(T)
     assert alpha.shape == sigma.shape == (T + 2,) and alpha.dtype == torch.float64
     assert (alpha[0], sigma[0], alpha[-1], sigma[-1]) == (1, 0, 0, 1)
     assert ((2 * (alpha.log() - sigma.log())).diff() < 0).all()
-    if make is not ot_schedule:
-        assert_close(alpha ** 2 + sigma ** 2, torch.ones(T + 2).double())
-
-
-def test_schedules_end_where_their_definition_says():
-    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    assert_close(ddpm_schedule(1000).alpha[1:-1] ** 2, (1 - beta).cumprod(0))
-    for T in (2, 10, 100):
-        assert 3.5e-5 < ddpm_schedule(T).alpha[T] ** 2 < 4.2e-5     # 4.04e-5 at T = 1000
-        assert_close(uniform_schedule(T).sigma[T].item(), T / (T + 1))
-        assert_close(ot_schedule(T).alpha[1].item(), T / (T + 1))
-        alpha, sigma = log_snr_schedule(T, 9, -7)
-        assert_close(2 * (alpha / sigma).log()[[1, T]], torch.tensor([9.0, -7.0]).double())
+    t = torch.arange(T + 2).double() / (T + 1)
+    if make is ddpm_schedule:
+        assert 3.5e-5 < alpha[T] ** 2 < 4.2e-5                           # 4.04e-5 at T = 1000
+        beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        assert_close(make(1000).alpha[1:-1] ** 2, (1 - beta).cumprod(0))
+    elif make is log_snr_schedule:
+        assert_close(2 * (alpha / sigma).log()[1:-1], torch.linspace(14, -8, T).double())
+    else:
+        assert_close(sigma, t)
+    preserved = 1 - t if make is ot_schedule else (1 - sigma ** 2).sqrt()
+    assert_close(alpha, preserved, rtol=1e-7, atol=1e-9)
 
 
 def test_stratified_levels_hit_every_level_equally_often():
     for _ in range(50):
-        t = cdm.stratified_levels(64, 0, 31)
-        counts = torch.bincount(t, minlength=32)
+        counts = torch.bincount(cdm.stratified_levels(64, 0, 31), minlength=32)
         assert counts.sum() == 64 and counts.min() >= 1 and counts.max() <= 3
     many = torch.cat([cdm.stratified_levels(7, 1, 4) for _ in range(4000)])
     assert_close(torch.bincount(many)[1:] / len(many), torch.full((4,), 0.25), atol=0.01, rtol=0)
@@ -146,43 +138,21 @@ def test_stratified_levels_hit_every_level_equally_often():
 # ----------------------------------------------------------------------------------- the classifier
 
 
-def test_a_shift_of_all_logits_changes_nothing_and_a_wrong_sign_does():
-    truth = mixture(SCHEDULES["log-SNR"])
-    x = torch.randn(16, 2).double()
-    shift = lambda x: truth.logits(x) + x.pow(3).sum(1, keepdim=True)  # c(x) cancels in every ratio
-    exact, shifted = CDM(truth.logits, truth.schedule), CDM(shift, truth.schedule)
-    flipped = CDM(lambda x: -truth.logits(x), truth.schedule)
-    for t in (20, 30, 40):
-        assert_close(shifted.predict_noise(x, t), exact.predict_noise(x, t))
-        assert_close(shifted.log_prob(x, t), exact.log_prob(x, t))
-        assert (flipped.denoise(x, t) - exact.denoise(x, t)).abs().mean() > 0.1
-
-
 def small_model(T=10, width=32):
     net = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
                         nn.Linear(width, T + 2))
     return CDM(net, log_snr_schedule(T, 8, -8))
 
 
-def test_the_mse_reaches_every_parameter_but_the_constants():
-    model = small_model()
-    model.loss(torch.randn(64, 2), w_ce=0).total.backward()
-    *rest, constants = model.parameters()                    # the last bias only shifts the logits
-    assert all(p.grad.abs().max() > 0 for p in rest)
-    assert constants.grad.abs().max() == 0                   # the reason why MSE needs CE beside it
-    model.loss(torch.randn(64, 2)).total.backward()
-    assert constants.grad.abs().max() > 0
-
-
 def test_the_loss_is_its_parts_and_minimal_for_the_exact_classifier():
-    truth = mixture(log_snr_schedule(20, 8, -8))
+    truth, model = mixture(log_snr_schedule(20, 8, -8))
     x0 = truth.sample(20000)
-    exact = CDM(truth.logits, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
+    exact = model.loss(x0, w_ce=0.5, w_mse=2.0)
     assert_close(exact.total, 0.5 * exact.ce + 2.0 * exact.mse)
     t = cdm.stratified_levels(20000, 0, 21)
-    xt = CDM(None, truth.schedule).add_noise(x0, t, torch.randn_like(x0))
+    xt = model.add_noise(x0, t, torch.randn_like(x0))
     assert_close(exact.ce, nn.functional.cross_entropy(truth.logits(xt), t), rtol=0.02, atol=0)
-    tilted = CDM(lambda x: truth.logits(x) * 1.5, truth.schedule).loss(x0, w_ce=0.5, w_mse=2.0)
+    tilted = CDM(lambda x: truth.logits(x) * 1.5, truth.schedule).loss(x0)
     assert tilted.ce > exact.ce + 0.02 and tilted.mse > exact.mse + 0.005
 
 
@@ -199,24 +169,20 @@ class Asked(nn.Module):
         return logits.gather(1, levels) - logits[:, -1:]
 
 
-def test_a_network_asked_for_levels_is_the_same_model_as_one_that_gives_all():
-    truth = mixture(log_snr_schedule(20, 8, -8))
-    plain, asked = CDM(truth.logits, truth.schedule), CDM(Asked(truth.logits), truth.schedule)
-    x, t = truth.sample(22), torch.arange(22)
-    assert_close(asked.log_prob(x, t), plain.log_prob(x, t))
-    assert_close(asked.predict_noise(x, t), plain.predict_noise(x, t))
-    drawn = plain.draw(x)
-    assert_close(asked.loss_at(*drawn), plain.loss_at(*drawn))
-
-
 @pytest.mark.parametrize("K", [2, 5])
-def test_a_window_of_levels_has_its_minimum_at_the_exact_classifier(K):
+def test_a_network_asked_for_levels_learns_the_same_from_windows_of_them(K):
     """Average over the levels that a sample x may have come from, p(t | x), and over the K windows
-    that hold t, each with chance 1/K: no constant wants to move."""
-    truth = mixture(log_snr_schedule(20, 8, -8))
-    model, x = CDM(Asked(truth.logits), truth.schedule), 0.5 * truth.sample(1)
-    total = 0
-    for t, p in enumerate(truth.logits(x).softmax(1)[0]):
+    that hold t, each with chance 1/K: for the exact classifier no constant wants to move."""
+    truth, plain = mixture(log_snr_schedule(20, 8, -8))
+    model = CDM(Asked(truth.logits), truth.schedule)
+    x, t = truth.sample(22), torch.arange(22)
+    assert_close(model.log_prob(x, t), plain.log_prob(x, t))
+    assert_close(model.predict_noise(x, t), plain.predict_noise(x, t))
+    drawn = plain.draw(x)
+    assert_close(model.loss_at(*drawn), plain.loss_at(*drawn))
+
+    total, x = 0, 0.5 * x[:1]
+    for t, p in enumerate(truth.logits(x).softmax(1)[0].tolist()):
         for k in range(K):
             levels = t - k + torch.arange(K)[None]
             loss = model.loss_at(x, x, levels, torch.tensor([k]), w_ce=1.0, w_mse=0.0)
@@ -227,29 +193,23 @@ def test_a_window_of_levels_has_its_minimum_at_the_exact_classifier(K):
     x0, n = truth.sample(8800), 8800                   # and what `draw` gives are such windows
     xt, eps, levels, which = model.draw(x0, K)
     t = levels.gather(1, which[:, None])[:, 0]
-    alpha, sigma = (v[t][:, None] for v in truth.schedule)
-    assert_close(xt, alpha * x0 + sigma * eps)
+    assert_close(xt, model.add_noise(x0, t, eps))
     assert_close(torch.bincount(t), torch.full((22,), n // 22), rtol=0, atol=1)
     assert_close(torch.bincount(which) / n, torch.full((K,), 1 / K), atol=0.02, rtol=0)
     assert levels.shape == (n, K) and (levels.diff() == 1).all() and levels.min() == 1 - K
 
 
 def test_the_weight_of_the_error_is_a_number_or_one_for_each_level():
-    truth = mixture(log_snr_schedule(20, 8, -8))
-    model, x0 = CDM(truth.logits, truth.schedule), truth.sample(200)
-    drawn = model.draw(x0)
-    xt, eps, levels, t = drawn
+    truth, model = mixture(log_snr_schedule(20, 8, -8))
+    xt, eps, levels, t = drawn = model.draw(truth.sample(200))
     error = (model.predict_noise(xt, t) - eps).square().mean(1)
     weights = torch.rand(22).double()
     loss = model.loss_at(*drawn, w_ce=0.0, w_mse=weights)
     assert_close(loss.total, (weights[t] * error).mean())
     assert_close(loss.mse, error.mean())
     ddm = DDM(lambda x, t: model.predict_noise(x, t), truth.schedule)
-    inside = (t >= 1) & (t <= 20)
-    loss = ddm.loss_at(xt[inside], eps[inside], t[inside], w_mse=weights)
-    assert_close(loss.total, (weights[t] * error)[inside].mean())
-    doubled = ddm.loss_at(xt[inside], eps[inside], t[inside], w_mse=2.0)
-    assert_close(doubled.total, 2 * error[inside].mean())
+    assert_close(ddm.loss_at(xt, eps, t, w_mse=weights).total, (weights[t] * error).mean())
+    assert_close(ddm.loss_at(xt, eps, t, w_mse=2.0).total, 2 * error.mean())
 
 
 @pytest.mark.parametrize("network, backend", [("MLP", "inductor"), ("digits", "aot_eager")])
@@ -257,7 +217,7 @@ def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients(network,
     eager, shape = (small_model(), (2,)) if network == "MLP" else (digit_model()[0], (1, 8, 8))
     y, window = torch.arange(32) % 10, None if network == "MLP" else 2
     twin = copy.deepcopy(eager)
-    told = (lambda m: m) if network == "MLP" else (lambda m: m.given(y))
+    told = (lambda m: m) if network == "MLP" else (lambda m: given(m, y))
     compiled = torch.compile(lambda *drawn: told(twin).loss_at(*drawn), backend=backend,
                              fullgraph=True)
     drawn = eager.draw(torch.randn(32, *shape), window)         # all that is random is in here
@@ -271,32 +231,14 @@ def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients(network,
 # --------------------------------------------------------------------------------------- samplers
 
 
-def gaussian_1d(schedule, std):
-    cov = (std ** 2, 0.0), (0.0, std ** 2)
-    return CDM(one_gaussian(schedule, (0.0, 0.0), cov).logits, schedule)
-
-
-@pytest.mark.parametrize("steps", [1, 7, 49, 50])
-def test_ddim_with_exact_gaussian_logits_follows_its_closed_form(steps):
-    for schedule in SCHEDULES.values():
-        alpha, sigma, std = schedule.alpha, schedule.sigma, 0.7
-        start, factor = torch.randn(5, 2).double(), 1.0
-        levels = [50 - i * 50 // steps for i in range(steps + 1)]
-        for t, s in zip(levels, levels[1:]):
-            variance = alpha[t] ** 2 * std ** 2 + sigma[t] ** 2
-            factor *= (alpha[s] * alpha[t] * std ** 2 + sigma[s] * sigma[t]) / variance
-        x = gaussian_1d(schedule, std).sample(None, steps, "ddim", xT=start)
-        assert_close(x, factor * start)
-
-
 @pytest.mark.parametrize("schedule", [log_snr_schedule(2000, 18, -8), ot_schedule(2000)])
 def test_dpm_solver_is_second_order_and_ddim_first(schedule):
     # steps of the straight path are uneven in log-SNR, so that the solver's ratio of steps counts
-    model, start = gaussian_1d(schedule, std := 0.7), torch.ones(1, 2).double()
-    marginal = schedule.alpha[2000] ** 2 * std ** 2 + schedule.sigma[2000] ** 2
-    truth, error = std / marginal.sqrt(), {}                 # the flow scales x by the ratio of std
+    _, model = one_gaussian(schedule, (0.0, 0.0), ((0.49, 0.0), (0.0, 0.49)))
+    start, marginal = torch.ones(1, 2).double(), (schedule.alpha * 0.7).hypot(schedule.sigma)
+    truth, error = 0.7 / marginal[2000], {}                  # the flow scales x by the ratio of std
     for method, steps in ((m, n) for m in ("ddim", "dpm") for n in (50, 100, 200)):
-        error[method, steps] = abs(model.sample(None, steps, method, xT=start)[0, 0] - truth).item()
+        error[method, steps] = abs(sample(model, start, steps, method)[0, 0] - truth).item()
     for steps in (50, 100):
         assert 1.7 < error["ddim", steps] / error["ddim", 2 * steps] < 2.3
         assert 3.2 < error["dpm", steps] / error["dpm", 2 * steps] < 4.8
@@ -304,15 +246,15 @@ def test_dpm_solver_is_second_order_and_ddim_first(schedule):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm"])
-@pytest.mark.parametrize("steps", [1, 7, 50, 60])
-def test_samples_have_the_right_mean_and_covariance(method, steps):
+@pytest.mark.parametrize("steps", [1, 7, 60])
+@pytest.mark.parametrize("schedule", [log_snr_schedule(60, 8, -8), ot_schedule(60)])
+def test_samples_have_the_right_mean_and_covariance(method, steps, schedule):
     """With Gaussian data every step is affine, so mean and covariance follow by matrices alone."""
-    schedule, eye = log_snr_schedule(60, 8, -8), torch.eye(2).double()
-    truth, (alpha, sigma) = one_gaussian(schedule), schedule
-    model, calls = CDM(truth.logits, schedule), []
+    (alpha, sigma), (truth, model) = schedule, one_gaussian(schedule)
+    eye, calls = torch.eye(2).double(), []
     predict = model.predict_noise
     model.predict_noise = lambda x, t: calls.append(t) or predict(x, t)
-    x = model.sample(None, steps, method, xT=torch.randn(4000, 2).double())
+    x = sample(model, torch.randn(4000, 2).double(), steps, method)
     assert calls == [60 - i * 60 // steps for i in range(steps)]           # exactly `steps` calls
     mean, cov = torch.zeros(2).double(), eye
     for t, s in zip(calls, calls[1:] + [0]):
@@ -340,23 +282,20 @@ def test_samples_have_the_right_mean_and_covariance(method, steps):
 
 
 def test_elbo_ode_and_one_pass_agree_for_the_exact_classifier():
-    schedule = log_snr_schedule(80, 8, -10)
-    truth = mixture(schedule)
-    model, x0 = CDM(truth.logits, schedule), truth.sample(2000)
+    truth, model = mixture(log_snr_schedule(80, 8, -10))
+    x0 = truth.sample(2000)
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     one_pass = model.log_prob(x1, 1)
-    assert_close(one_pass, truth.log_prob(x1, 1))
     assert_close(ode_log_prob(model, x1[:100], 1), one_pass[:100], atol=0.03, rtol=0)
     bound = elbo(model, x0, draws=20)
     assert abs(bound.mean() - one_pass.mean()) < 0.06             # two standard errors of 2000 rows
-    noisier = CDM(lambda x: 2 * truth.logits(x), schedule)     # a wrong denoiser loosens the bound
-    assert elbo(noisier, x0, draws=5).mean() < bound.mean() - 0.1
+    wrong = CDM(lambda x: 2 * truth.logits(x), model.schedule)  # a wrong denoiser loosens the bound
+    assert elbo(wrong, x0, draws=5).mean() < bound.mean() - 0.1
 
 
 def test_the_elbo_is_a_lower_bound_also_where_level_T_is_not_yet_noise():
-    schedule = log_snr_schedule(80, 8, 0)                   # alpha_T^2 = 1/2: the prior term counts
-    truth = one_gaussian(schedule, (1.0, -1.0))
-    model, x0 = CDM(truth.logits, schedule), truth.sample(2000)
+    truth, model = one_gaussian(log_snr_schedule(80, 8, 0), (1.0, -1.0))       # alpha_T^2 = 1/2
+    x0 = truth.sample(2000)
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     gap = model.log_prob(x1, 1).mean() - elbo(model, x0, draws=20).mean()
     mean, cov = truth.noised_means[80, 0], truth.noised_covs[80, 0]  # the gap is KL(p_T || N(0, I))
@@ -364,9 +303,8 @@ def test_the_elbo_is_a_lower_bound_also_where_level_T_is_not_yet_noise():
 
 
 def test_hutchinson_is_an_unbiased_trace():
-    schedule = log_snr_schedule(50, 6, -8)
-    truth = one_gaussian(schedule)
-    model, x = CDM(truth.logits, schedule), truth.sample(1)
+    truth, model = one_gaussian(log_snr_schedule(50, 6, -8))
+    x = truth.sample(1)
     exact = ode_log_prob(model, x, 5)
     guesses = torch.stack([ode_log_prob(model, x.expand(100, 2), 5, probes=2) for _ in range(5)])
     assert guesses.std() > 0.01
@@ -374,12 +312,12 @@ def test_hutchinson_is_an_unbiased_trace():
 
 
 def test_each_row_of_the_elbo_meets_all_levels():
-    schedule = log_snr_schedule(40, 8, -8)
-    model, x0 = CDM(one_gaussian(schedule).logits, schedule), torch.ones(4000, 2).double()
+    _, model = one_gaussian(log_snr_schedule(40, 8, -8))
+    x0 = torch.ones(4000, 2).double()
     bound = elbo(model, x0, draws=1)              # equal rows, in an order that must not matter
     spread = 4 * (bound.std() * (2 / 2000) ** 0.5).item()
     assert_close(bound[:2000].mean(), bound[2000:].mean(), atol=spread, rtol=0)
-    one_by_one = elbo(model, x0[:1].expand(400, 2), draws=40)      # each level once: little noise
+    one_by_one = elbo(model, x0[:400], draws=40)      # each level once: little noise
     assert one_by_one.std() < bound.std() / 3
     assert_close(one_by_one.mean(), bound.mean(), atol=spread, rtol=0)
 
@@ -417,75 +355,67 @@ def test_the_audits_expose_a_likelihood_better_than_the_truth_in_64_dimensions()
     assert below < log_z < above and log_z > 1 and one_pass + log_z > truth - 0.5
 
 
-def lattice(schedule, counts):
-    """Exact logits of one 8-bit pixel, given counts per grey value; level 0 gets a tiny width."""
-    grey, p = torch.tensor(list(counts)), torch.tensor(list(counts.values())).double()
-    def logits(x):
-        sigma = schedule.sigma.clamp(min=1e-4)
-        x_grey = (2 * grey[:, None] + 1) / 256 - 1
-        z = (x[..., None] - schedule.alpha * x_grey) / sigma                            # (B, K, L)
-        logs = (p / p.sum()).log()[:, None] - z ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2
-        return logs.logsumexp(1)
-    return logits, grey[torch.multinomial(p, 4000, replacement=True)].to(torch.uint8)[:, None]
-
-
-@pytest.mark.parametrize("schedule", [log_snr_schedule(100, 6, -6), ot_schedule(200)])
+@pytest.mark.parametrize("schedule", [log_snr_schedule(100, 6, -6), ot_schedule(120)])
 def test_annealing_finds_a_missing_normaliser_from_both_sides(schedule):
-    truth = mixture(schedule)                    # the straight path is not variance preserving
+    truth, exact = mixture(schedule)             # the straight path is not variance preserving
     wrong = torch.zeros(len(schedule.alpha)).double()
-    wrong[1], wrong[40:60], wrong[100] = 0.8, -0.5, 0.7    # p_1 integrates to e^0.8, others cancel
+    wrong[1], wrong[40:60] = 0.8, -0.5                     # p_1 integrates to e^0.8, others cancel
     model = CDM(lambda x: truth.logits(x) + wrong, schedule)
     x1 = model.add_noise(truth.sample(1000), 1, torch.randn(1000, 2).double())
     log_z, off, below, above = annealed_log_z(model, x1)
     assert below < 0.8 < above and off < 0.06
     assert abs(log_z - 0.8) < 3 * off
-    few = annealed_log_z(model, x1[:3])                   # too few to overlap: half of the bracket
-    assert few[1] >= 0.5 * abs(few[3] - few[2]) or few[1] > off
+    log_z, off, below, above = annealed_log_z(model, x1[:3])                # too few to overlap
+    assert_close((log_z - off, log_z + off), tuple(sorted((below, above))), atol=1e-5, rtol=0)
+
+
+def lattice(schedule, counts):
+    """The exact model of one 8-bit pixel, given counts per grey value, and images of it."""
+    grey, p = torch.tensor(list(counts)), torch.tensor(list(counts.values())).double()
+    def logits(x):
+        sigma = schedule.sigma.clamp(min=1e-4)                      # level 0 gets a tiny width
+        z = (x[..., None] - schedule.alpha * ((2 * grey[:, None] + 1) / 256 - 1)) / sigma
+        logs = (p / p.sum()).log()[:, None] - z ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2
+        return logs.logsumexp(1)
+    images = grey[torch.multinomial(p, 4000, replacement=True)].to(torch.uint8)[:, None]
+    return CDM(logits, schedule).double(), images
 
 
 def test_the_8_bit_bound_of_a_known_distribution_is_its_entropy():
-    schedule = log_snr_schedule(100, 13, -8)
-    logits, images = lattice(schedule, {0: 2, 10: 1, 11: 1})             # entropy 1.5 bits
-    model = CDM(logits, schedule).double()
+    counts = {0: 2, 10: 1, 11: 1}                                        # entropy 1.5 bits
+    model, images = lattice(log_snr_schedule(100, 13, -8), counts)
     bits = bits_per_dim(model, images).mean()
     assert 1.48 < bits < 1.56                       # 0.03 of it: neighbours 10 and 11 blur a little
-    assert abs(bits_per_dim(model, images[:500], by="ode").mean() - bits) < 0.1
-    assert abs(bits_per_dim(model, images, by="elbo", draws=20).mean() - bits) < 0.05
-    fine = log_snr_schedule(100, 16, -8)
-    sharp = CDM(lattice(fine, {0: 2, 10: 1, 11: 1})[0], fine).double()
+    assert abs(bits_per_dim(model, images[:500], ode_log_prob).mean() - bits) < 0.1
+    assert abs(bits_per_dim(model, images, elbo, draws=20).mean() - bits) < 0.05
+    sharp = lattice(log_snr_schedule(100, 16, -8), counts)[0]
     assert abs(bits_per_dim(sharp, images).mean() - 1.5) < 0.02
     # at log-SNR 8 (sigma_1 = 2.3 grey steps) 10 and 11 blur: still a bound, no longer tight
-    coarse = log_snr_schedule(100, 8, -8)
-    blurred = CDM(lattice(coarse, {0: 2, 10: 1, 11: 1})[0], coarse).double()
-    assert bits_per_dim(blurred, images).mean() > 1.6
+    assert bits_per_dim(lattice(log_snr_schedule(100, 8, -8), counts)[0], images).mean() > 1.6
 
 
 # ---------------------------------------------------------------------- as a user meets the module
 
 
-def test_save_and_load_gives_the_same_model(tmp_path):
-    a, b, x = small_model(), small_model(), torch.randn(4, 2)
-    assert not torch.equal(a.log_prob(x), b.log_prob(x))
-    torch.save(a.state_dict(), tmp_path / "model.pt")
-    b.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
-    assert_close(a.log_prob(x), b.log_prob(x))
-
-
-def test_it_runs_in_float32_and_float64_on_points_and_images():
+def test_it_runs_in_float32_and_float64_on_points_and_images_and_is_saved():
     for dtype in (torch.float32, torch.float64):
-        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 12))
-        model = CDM(net, ddpm_schedule(10)).to(dtype)
-        x = model.sample((3, 1, 4, 4), 5, "dpm")
+        make = lambda: CDM(nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(),
+                                         nn.Linear(32, 12)), ddpm_schedule(10)).to(dtype)
+        model, twin = make(), make()
+        x = sample(model, torch.randn(3, 1, 4, 4, dtype=dtype), 5, "dpm")
         assert x.shape == (3, 1, 4, 4) and x.dtype == dtype
         for result in (model.log_prob(x), elbo(model, x), ode_log_prob(model, x, probes=2)):
             assert result.dtype == dtype and result.shape == (3,)
         assert not x.requires_grad and not elbo(model, x).requires_grad       # no graph is kept
         model.loss(x).total.backward()
+        assert not torch.equal(twin.log_prob(x), model.log_prob(x))
+        twin.load_state_dict(model.state_dict())
+        assert_close(twin.log_prob(x), model.log_prob(x))
 
 
 def labelled():
     """The two components of the mixture as two classes, and the model that takes them as labels."""
-    truth = mixture(SCHEDULES["log-SNR"])
+    truth, _ = mixture()
 
     def net(x, y=None):
         if y is None:
@@ -495,62 +425,40 @@ def labelled():
     return truth, CDM(net, truth.schedule)
 
 
-def test_bayes_rule_on_labelled_likelihoods_gives_the_exact_posterior_of_the_class():
-    truth, model = labelled()
-    x = truth.sample(50)
-    for t in (1, 20):
-        joint = [model.given(torch.full((50,), y)).log_prob(x, t) + truth.weights[y].log()
-                 for y in (0, 1)]
-        assert_close(torch.stack(joint, 1).softmax(1), truth.parts(x)[:, t].softmax(1))
-
-
 def test_guidance_0_is_the_labelled_model_and_minus_1_the_one_without_labels():
     truth, model = labelled()
     x, y, t = truth.sample(8), torch.tensor([0, 1] * 4), torch.arange(1, 48, 6)
-    free, told = model.predict_noise(x, t), model.given(y).predict_noise(x, t)
-    assert model.y is None and not torch.allclose(free, told)
-    assert_close(model.given(y, -1.0).predict_noise(x, t), free)
-    assert_close(model.given(y, 2.0).predict_noise(x, t), told + 2 * (told - free))
-    ddm = DDM(lambda x, t, y=None: (model if y is None else model.given(y)).predict_noise(x, t),
+    free, told = model.predict_noise(x, t), given(model, y).predict_noise(x, t)
+    assert not torch.allclose(free, told)
+    assert_close(given(model, y, -1.0).predict_noise(x, t), free)
+    assert_close(given(model, y, 2.0).predict_noise(x, t), told + 2 * (told - free))
+    ddm = DDM(lambda x, t, y=None: (model if y is None else given(model, y)).predict_noise(x, t),
               truth.schedule)
     for w in (-1.0, 0.0, 2.0):
-        assert_close(ddm.given(y, w).predict_noise(x, t), model.given(y, w).predict_noise(x, t))
-    alone = CDM(lambda x: model.net(x, torch.ones(len(x)).long()), truth.schedule)
-    for method in ("ddim", "dpm"):
-        assert_close(model.given(torch.ones(8).long()).sample(None, 10, method, xT=x),
-                     alone.sample(None, 10, method, xT=x))
-    x0 = truth.sample(10)
-    told_alone = DDM(lambda x, t: alone.predict_noise(x, t), truth.schedule)
-    for labelled_model, fixed in ((model, alone), (ddm, told_alone)):
-        losses = []
-        for each in (labelled_model.given(torch.ones(10).long()), fixed):
-            torch.manual_seed(0)
-            losses.append(each.loss(x0).total)
-        assert_close(*losses)
+        assert_close(given(ddm, y, w).predict_noise(x, t), given(model, y, w).predict_noise(x, t))
+    ones = torch.ones(8).long()
+    alone = CDM(lambda x: model.net(x, ones), truth.schedule)
+    assert_close(sample(given(model, ones), x, 10), sample(alone, x, 10))
+    drawn = model.draw(x)
+    assert_close(given(model, ones).loss_at(*drawn), alone.loss_at(*drawn))
 
 
-def test_the_two_families_share_samplers_and_audits():
-    schedule = SCHEDULES["log-SNR"]
-    truth = one_gaussian(schedule)
-    exact = CDM(truth.logits, schedule)
-    told = DDM(lambda xt, t: exact.predict_noise(xt, t), schedule)       # the same denoiser, told t
-    start = torch.randn(6, 2).double()
-    for method in ("ddim", "dpm"):
-        a, b = (m.sample(None, 10, method, xT=start) for m in (told, exact))
-        assert_close(a, b)
-    assert_close(ode_log_prob(told, start), ode_log_prob(exact, start))
-    x0 = truth.sample(5000)
-    ends = 1 / 50                              # the CDM also meets t = 0, where eps_hat = 0 costs 1
-    assert_close(told.loss(x0).total, exact.loss(x0).mse * 52 / 50 - ends, atol=0.02, rtol=0)
+def test_a_ddm_of_the_same_denoiser_is_the_same_diffusion_model():
+    truth, exact = one_gaussian(SCHEDULES["log-SNR"])
     shown = []
-    DDM(lambda xt, t: shown.append(t) or xt, schedule).loss(x0)
+    told = DDM(lambda xt, t: shown.append(t) or exact.predict_noise(xt, t), truth.schedule)
+    start, x0 = torch.randn(6, 2).double(), truth.sample(5000)
+    assert_close(sample(told, start, 10), sample(exact, start, 10))
+    assert_close(ode_log_prob(told, start), ode_log_prob(exact, start))
+    shown.clear()
+    loss, ends = told.loss(x0), 1 / 50         # the CDM also meets t = 0, where eps_hat = 0 costs 1
+    assert_close(loss.total, exact.loss(x0).mse * 52 / 50 - ends, atol=0.02, rtol=0)
     assert shown[0].min() == 1 and shown[0].max() == 50
 
 
 BAD = {
-    "T too small": lambda m, x: ddpm_schedule(1),
-    "T no int": lambda m, x: log_snr_schedule(10.5),
-    "log-SNR rises": lambda m, x: log_snr_schedule(10, -8, 8),
+    "T too small": lambda m, x: CDM(m.net, ddpm_schedule(1)),
+    "log-SNR rises": lambda m, x: CDM(m.net, log_snr_schedule(10, -8, 8)),
     "schedule ends": lambda m, x: CDM(None, Schedule(torch.linspace(1, 0.1, 9), torch.rand(9))),
     "schedule shape": lambda m, x: CDM(None, Schedule(torch.ones(5), torch.ones(4))),
     "level above": lambda m, x: m.predict_noise(x, 12),
@@ -559,34 +467,25 @@ BAD = {
     "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
     "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
     "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
-    "denoise pure noise": lambda m, x: m.denoise(x, 11),
-    "label count": lambda m, x: m.given(torch.zeros(3).long()).log_prob(x),
-    "label as int": lambda m, x: m.given(7),
-    "guided training": lambda m, x: m.given(torch.zeros(4).long(), 1.0).loss(x),
-    "guided DDM": lambda m, x: DDM(m.net, m.schedule).given(torch.ones(4).long(), 1.0).loss(x),
+    "label count": lambda m, x: given(m, torch.zeros(3).long()).log_prob(x),
+    "label as int": lambda m, x: given(m, 7).log_prob(x),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
-    "method": lambda m, x: m.sample((4, 2), method="euler"),
-    "no steps": lambda m, x: m.sample((4, 2), steps=0),
-    "steps above T": lambda m, x: m.sample((4, 2), steps=11),
+    "method": lambda m, x: sample(m, x, method="euler"),
+    "no steps": lambda m, x: sample(m, x, steps=0),
+    "steps above T": lambda m, x: sample(m, x, steps=11),
     "ODE level": lambda m, x: ode_log_prob(m, x, 0),
-    "ODE probes": lambda m, x: ode_log_prob(m, x, probes=-1),
-    "ELBO draws": lambda m, x: elbo(m, x, draws=0),
-    "log Z of one sample": lambda m, x: annealed_log_z(m, x[:1]),
-    "log Z of a DDM": lambda m, x: annealed_log_z(DDM(m.net, m.schedule), x),
-    "window too wide": lambda m, x: m.loss(x, window=13),
-    "window of one": lambda m, x: m.loss(x, window=1),
     "ELBO of nothing": lambda m, x: elbo(m, x[:0]),
     "ODE of nothing": lambda m, x: ode_log_prob(m, x[:0]),
+    "log Z of nothing": lambda m, x: annealed_log_z(m, x[:0]),
     "no images": lambda m, x: bits_per_dim(m, x[:0].byte()),
     "float images": lambda m, x: bits_per_dim(m, x),
-    "unknown likelihood": lambda m, x: bits_per_dim(m, x.byte(), by="guess"),
-    "DDM has no one pass": lambda m, x: bits_per_dim(DDM(m.net, m.schedule), x.byte()),
+    "another likelihood": lambda m, x: bits_per_dim(m, x.byte(), lambda m, x: elbo(m, x)),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_a_value_error_that_says_what_was_expected(name):
-    with pytest.raises(ValueError, match="must|needs|takes|starts"):
+    with pytest.raises(ValueError, match="must"):
         BAD[name](small_model(), torch.randn(4, 2))
 
 
@@ -637,39 +536,25 @@ def test_every_method_recovers_a_known_log_ratio_in_the_passes_that_it_states(na
     assert error.abs().mean() < (0.3 if name in ("MSE", "time-score", "DDM-ODE") else 0.15)
 
 
-def test_the_mse_is_blind_to_mode_weights_and_the_cross_entropy_is_not():
-    # an exact classifier, and one that believes in weights 0.5, 0.5 while the modes are far apart
-    right, equal = toy_2d.two_modes(), toy_2d.Oracle(toy_2d.two_modes().centres, std=0.15)
-    wrong = lambda x: torch.where(torch.arange(42) <= 16, equal.logits(x), right.logits(x))
-    drawn = CDM(right.logits, right.schedule).draw(right.sample(4000))
-    truth, blind = (CDM(net, right.schedule).loss_at(*drawn) for net in (right.logits, wrong))
-    assert_close(blind.mse, truth.mse, atol=1e-5, rtol=0)
-    assert blind.ce > truth.ce + 0.01
-
-
-def test_correlated_pairs_have_the_stated_densities():
+def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monkeypatch):
     oracle = toy_2d.CorrelatedPairs(6)
+    exact = CDM(oracle.logits, oracle.schedule)
     for t in (0, 15, 41):
         pair = torch.eye(3).double().repeat(2, 2) - torch.eye(6).double()       # 1 where paired
         cov = torch.eye(6).double() + oracle.schedule.alpha[t] ** 2 * oracle.RHO * pair
-        exact = torch.distributions.MultivariateNormal(torch.zeros(6).double(), cov)
+        normal = torch.distributions.MultivariateNormal(torch.zeros(6).double(), cov)
         x = oracle.sample(20000, t).double()
         assert_close(x.T.cov(), cov, atol=0.05, rtol=0)
-        assert_close(CDM(oracle.logits, oracle.schedule).log_prob(x, t), exact.log_prob(x))
+        assert_close(exact.log_prob(x, t), normal.log_prob(x))
 
-
-def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monkeypatch):
-    def off_by_3(make, schedule):
-        oracle = toy_2d.CorrelatedPairs(20)
-        model = CDM(oracle.logits, schedule)
-        model.weight = torch.nn.Parameter(torch.zeros(()))                  # to be trained
-        log_prob = lambda x: model.log_prob(x) + 3
-        return toy_2d.Method(model, lambda x0: model.weight ** 2, log_prob, 1)
-    monkeypatch.setitem(toy_2d.CHASM, "off", off_by_3)
-    row, (exact, learned) = toy_2d.chasm_run(20, "off", 1, 0)
-    assert_close((row["rms"], row["estimated"]), (3.0, 5.0 + 3.0), atol=0.2, rtol=0)
-    assert row["true"] == 5 and exact[0] == 0 and -5.2 < exact[-1] < -4.8 and len(exact) == 42
-    assert_close(learned, exact)
+    exact.weight = nn.Parameter(torch.zeros(()))                               # to be trained
+    off = toy_2d.Method(exact, lambda x0: exact.weight ** 2, lambda x: exact.log_prob(x) + 3, 1)
+    monkeypatch.setitem(toy_2d.CHASM, "off", lambda make, schedule: off)
+    row, (truth, learned) = toy_2d.chasm_run(6, "off", 1, 0)
+    found = row["rms"], row["estimated"], row["true"]
+    assert_close(found, (3.0, 1.5 + 3.0, 1.5), atol=0.1, rtol=0)
+    assert truth[0] == 0 and abs(truth[-1] + 1.5) < 0.1 and len(truth) == 42
+    assert_close(learned, truth)
 
 
 def test_a_table_shows_mean_and_spread_and_refuses_what_is_not_a_number(capsys, tmp_path):
@@ -700,25 +585,11 @@ def test_every_command_prints_a_table_and_draws(flags, trainings, words, files, 
     assert len((tmp_path / "new" / files[0]).read_text().splitlines()) == 1 + trainings
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--datasets moons", "unknown 'moons'; known: eight_gaussians, checkerboard"),
-    ("--methods NCE,", "unknown ''; known: NCE, TRE"), ("--steps 0", "must be 1 or more"),
-    ("--seeds 0", "must be 1 or more"), ("--steps two", "invalid int"),
-    ("--chasm --datasets two_moons", "not with --chasm"), ("--chasm --methods CDM", "not with"),
-    (f"--out {__file__}", "written to: File exists"), ("--out /proc/a", "/proc/a cannot be")])
-def test_bad_input_ends_in_one_sentence(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["toy_2d", *flags.split()])
-    monkeypatch.setattr(toy_2d, "in_parallel", None)                       # train nothing
-    with pytest.raises(SystemExit) as stop:
-        toy_2d.main()
-    assert message in f"{stop.value}{capsys.readouterr().err}"
-
-
 # --------------------------------------------------------------------------------------- mnist.py
 
 
-def digit_model(seed=0, family="cdm", T=12):
-    torch.manual_seed(seed)
+def digit_model(family="cdm", T=12):
+    torch.manual_seed(0)
     images = (torch.rand(50, 1, 8, 8) * 300 - 40).clamp(0, 255).to(torch.uint8)
     return mnist.build(dict(model=family, T=T, width=16), images), images
 
@@ -733,112 +604,78 @@ def scattered(model):
 def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a_lattice():
     model, images = digit_model()
     x, alpha, sigma = 0.5 * torch.randn(3, 1, 8, 8), model.schedule.alpha, model.net.sigma
-    exact = mnist.Shades.EXACT
-    counts = torch.stack([images == k for k in exact]).double().sum(1)
-    share = (torch.cat([counts, (50 - counts.sum(0, keepdim=True)).expand(3, -1, -1, -1) / 3]) + 1)
-    lattice = (2 * torch.arange(-1000, 1256).double() + 1) / 256 - 1          # also beyond 0 .. 255
+    counts = torch.stack([images == k for k in mnist.Shades.EXACT]).double().sum(1)
+    share = torch.cat([counts, (50 - counts.sum(0, keepdim=True)).expand(3, -1, -1, -1) / 3]) + 1
+    grey = (2 * torch.arange(-1000, 1256).double() + 1) / 256 - 1             # also beyond 0 .. 255
     for t in (0, 1, 2, 3, 6, 12):                  # at level 0 a little noise stands in for none
-        seen = torch.distributions.Normal(alpha[t] * lattice, sigma[t])
+        seen = torch.distributions.Normal(alpha[t] * grey, sigma[t])
         seen = seen.log_prob(x[..., None].double()).exp()                      # (3, 1, 8, 8, 2256)
-        p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(exact))
+        p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(mnist.Shades.EXACT))
         for i, mean in enumerate((-0.6, 0.0, 0.6)):
-            std = math.sqrt(math.exp(-1.5) + mnist.STEP ** 2)
-            prior = torch.distributions.Normal(mean, std).log_prob(lattice).exp() * mnist.STEP
-            p = p + share[5 + i] * (seen * prior).sum(-1)
+            prior = torch.distributions.Normal(mean, math.sqrt(math.exp(-1.5) + mnist.STEP ** 2))
+            p = p + share[5 + i] * (seen * prior.log_prob(grey).exp() * mnist.STEP).sum(-1)
         log_p = (p / share.sum(0)).log().flatten(1).sum(1)
         assert_close(model.log_prob(x, t).double(), log_p, atol=0.05, rtol=1e-3)
 
 
 def test_the_comb_is_the_lattice_of_greys_seen_through_noise():
     x = torch.linspace(-0.9, 0.9, 500)[None, None].double()
-    lattice = (torch.arange(-300, 300).double() + 0.5) * mnist.STEP
+    grey = (torch.arange(-300, 300).double() + 0.5) * mnist.STEP
     for alpha, sigma in ((1.0, 0.001), (0.95, 0.003), (0.95, 0.0047), (0.9, 0.4)):
-        normal = torch.distributions.Normal(alpha * lattice, sigma)
-        exact = (normal.log_prob(x[..., None]).logsumexp(3) + math.log(alpha * mnist.STEP)).exp()
+        seen = torch.distributions.Normal(alpha * grey, sigma).log_prob(x[..., None])
         scales = (torch.full((1, 1, 1), v).double() for v in (alpha, sigma))
-        assert_close(mnist.log_comb(x, *scales).exp(), exact, atol=0.005, rtol=1e-3)
+        assert_close(mnist.log_comb(x, *scales).exp(), seen.exp().sum(3) * alpha * mnist.STEP,
+                     atol=0.005, rtol=1e-3)
 
 
 def test_the_digit_denoiser_starts_as_the_digit_classifier_and_costs_as_much():
-    (model, images), (told, _) = digit_model(), digit_model(family="ddm")
+    (model, images), (told, _) = digit_model(), digit_model("ddm")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 4, 8, 12])
     assert_close(told.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
     told.loss(x).total.backward()
     assert all(p.grad is not None for p in told.parameters())
-    for width in (32, 64):
-        flops = []
-        for net in (mnist.Trunk((1, 1, 28, 28), w) for w in (width, told_width(width))):
-            with FlopCounterMode(display=False) as counter:
-                net(torch.rand(4, 1, 28, 28), torch.rand(4, 32))
-            flops.append(counter.get_total_flops())
-        assert 0.9 < flops[1] / (2 * flops[0]) < 1.1          # a backward pass to x costs a forward
+    flops = []
+    for width in (32, mnist.DigitDenoiser(images, log_snr_schedule(4), 32).last.out_channels):
+        with FlopCounterMode(display=False) as counter:
+            mnist.Trunk((1, 1, 28, 28), width)(torch.rand(4, 1, 28, 28), torch.rand(4, 32))
+        flops.append(counter.get_total_flops())
+    assert 0.9 < flops[1] / (2 * flops[0]) < 1.1              # a backward pass to x costs a forward
 
 
-def told_width(width):
-    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    return mnist.DigitDenoiser(images, log_snr_schedule(4), width).last.out_channels
-
-
-def test_the_digit_classifier_keeps_rows_apart_and_its_loss_reaches_every_weight():
-    model = scattered(digit_model()[0])
-    x, t = torch.randn(4, 1, 8, 8).double(), torch.tensor([1, 4, 8, 12])
-    alone = torch.cat([model.predict_noise(x[i:i + 1], t[i:i + 1]) for i in range(4)])
-    assert_close(model.predict_noise(x, t), alone)
-    y = torch.tensor([3, 1, 10, 5])
-    model.given(y).loss(x, window=2, w_ce=0.0).total.backward()
-    for name, p in model.named_parameters():                   # constants are learned by CE alone
-        assert (p.grad.abs().max() > 0) == (name != "net.constant.weight"), name
-    model.given(y).loss(x, window=2).total.backward()
-    assert model.net.constant.weight.grad.abs().max() > 0
-
-
-def test_the_digit_classifier_serves_any_levels_in_any_number():
+def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_in_any_number():
     model = scattered(digit_model()[0])
     x, t = 0.5 * torch.randn(5, 1, 8, 8).double(), torch.tensor([0, 1, 5, 12, 13])
     every = model.log_ratio(x, torch.arange(14).expand(5, 14))
-    assert_close(model.log_ratio(x, t[:, None]), every.gather(1, t[:, None]))
+    one_by_one = torch.stack([model.log_ratio(x[i:i + 1], t[i:i + 1, None])[0] for i in range(5)])
+    assert_close(one_by_one, every.gather(1, t[:, None]))
     assert_close(every[:, 13], torch.zeros(5).double(), atol=1e-9, rtol=0)     # p_{T+1} = N(0, I)
-    finer = scattered(digit_model(T=23)[0])                   # every other level is one of the 12
+    finer = digit_model(T=23)[0].double()                     # every other level is one of the 12
     finer.load_state_dict(model.state_dict())
     assert_close(finer.log_prob(x, 11), model.log_prob(x, 6), atol=1e-4, rtol=1e-4)
-    model.net.waves[:] = model.net.waves[6]                   # blind, as in the paper: the question
-    blind = model.log_ratio(x, t[:, None])                    # is not known to any layer
-    assert not torch.allclose(blind[:4], every.gather(1, t[:, None])[:4])
+    y = torch.tensor([3, 1, 10, 5, 0])
+    given(model, y).loss(x, 2, w_ce=0.0).total.backward()
+    for name, p in model.named_parameters():                   # constants are learned by CE alone
+        assert (p.grad.abs().max() > 0) == (name != "net.constant.weight"), name
+    given(model, y).loss(x, 2).total.backward()
+    assert model.net.constant.weight.grad.abs().max() > 0
 
 
-def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
-    a, b = torch.randn(50000, 3).double(), 2 * torch.randn(50000, 3).double() + 1
-    assert_close(mnist.frechet(a, b), 3 * 1.0 + 3 * (1 - 2) ** 2, atol=0.1, rtol=0)
-    assert abs(mnist.frechet(a, a)) < 1e-9
-
-
-def test_the_judge_learns_and_its_body_gives_its_features():
-    images = (torch.rand(64, 1, 8, 8) * 255).to(torch.uint8)
-    labels = (images.float().mean((1, 2, 3)) > 127).long()
-    judge, body = mnist.make_judge(images, labels, steps=60)
-    x0 = mnist.to_x0(images)
-    assert body(x0).shape == (64, 64)
-    assert_close(judge[1](body(x0)), judge(x0))
-    assert (judge(x0).argmax(1) == labels).float().mean() > 0.8
-
-
-def test_no_label_is_the_label_any_and_there_are_no_others():
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_no_label_is_the_label_any_and_there_are_no_others(family):
     x, t, y = torch.randn(2, 1, 8, 8).double(), torch.tensor([3, 9]), torch.tensor([3, 5])
-    for family in ("cdm", "ddm"):
-        model = scattered(digit_model(family=family)[0]).eval()
-        free = model.predict_noise(x, t)
-        assert_close(model.given(torch.full((2,), mnist.CLASSES)).predict_noise(x, t), free)
-        assert not torch.allclose(model.given(y).predict_noise(x, t), free)
-        with pytest.raises(ValueError, match="labels must be in 0 .. 9"):
-            model.given(y + 7).predict_noise(x, t)
+    model = scattered(digit_model(family)[0]).eval()
+    free = model.predict_noise(x, t)
+    assert_close(given(model, torch.full((2,), mnist.CLASSES)).predict_noise(x, t), free)
+    assert not torch.allclose(given(model, y).predict_noise(x, t), free)
+    with pytest.raises(ValueError, match="labels must be in 0 .. 9"):
+        given(model, y + 7).predict_noise(x, t)
 
 
 def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
     images = torch.randint(0, 256, (4000, 1, 2, 2), dtype=torch.uint8)
     images[:, :, 1] = images[:, :, :1, 0] // 2                     # three pixels that are related
     schedule, x0 = log_snr_schedule(9, 6, -8), mnist.to_x0(images).flatten(1).double()
-    mean, cov = x0.mean(0), x0.T.cov()
-    found = mnist.wiener_error(images, schedule)
+    mean, cov, found = x0.mean(0), x0.T.cov(), mnist.wiener_error(images, schedule)
     for t in (1, 5, 9):
         alpha, sigma = schedule.alpha[t], schedule.sigma[t]
         eps = torch.randn_like(x0)
@@ -846,6 +683,14 @@ def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
         eps_hat = sigma * (alpha * x0 + sigma * eps - alpha * mean) @ torch.linalg.inv(noised)
         assert_close(found[t], (eps_hat - eps).square().mean(), rtol=0.05, atol=0)
     assert found[0] == found[1] and found[10] == found[9]
+
+
+def training(out, device="cpu", model="cdm", steps=100):
+    """mnist.train on 64 images of noise."""
+    args = argparse.Namespace(device=torch.device(device), steps=steps, out=out, resume=False,
+                              batch=16, lr=0.01, seed=0, model=model)
+    images, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
+    return mnist.train(args, dict(model=model, dataset="digits", T=12, width=8), images, y)
 
 
 def test_training_warms_up_clips_averages_and_drops_labels(monkeypatch, tmp_path):
@@ -863,77 +708,31 @@ def test_training_warms_up_clips_averages_and_drops_labels(monkeypatch, tmp_path
             super().step()
             weights.append([p.detach().clone() for p in params])
 
-    given = cdm.CDM.given
     monkeypatch.setattr(torch.optim, "Adam", Noted)
     monkeypatch.setattr(mnist, "W_CE", 100.0)                                 # a large gradient
-    monkeypatch.setattr(cdm.CDM, "given", lambda self, y: labels.append(y) or given(self, y))
-    args = argparse.Namespace(device=torch.device("cpu"), steps=100, out=tmp_path, resume=False,
-                              batch=16, lr=0.01, seed=0, model="cdm")
-    images, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
-    config = dict(model="cdm", dataset="digits", T=12, width=8)
-    ema = mnist.train(args, config, images, y)
+    monkeypatch.setattr(mnist, "given", lambda model, y: labels.append(y) or given(model, y))
+    ema = training(tmp_path)
     assert_close(rates[:4], [0.01 * step / 4 for step in (1, 2, 3)] + [0.01 * 0.5 * (
         1 + math.cos(math.pi * 0.04))], rtol=1e-6, atol=0)
     assert rates[-1] < 1e-9 and abs(max(norms) - 2.0) < 1e-3
     average = first[0]
     for step, now in enumerate(weights, 1):
-        blend = 9 / (9 + step)
-        average = [a + blend * (w - a) for a, w in zip(average, now)]
+        average = [a + 9 / (9 + step) * (w - a) for a, w in zip(average, now)]
     assert_close(list(ema.parameters()), average, rtol=1e-4, atol=1e-5)
-    dropped = (torch.cat(labels) == mnist.CLASSES).float().mean()
-    assert 0.45 < dropped < 0.55
+    assert 0.45 < (torch.cat(labels) == mnist.CLASSES).float().mean() < 0.55
 
 
-def test_a_ddm_and_a_cdm_train_and_stand_beside_each_other(monkeypatch, tmp_path, capsys):
-    run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
-    said = capsys.readouterr().out
-    assert "ELBO" in said and "one forward pass" not in said             # a DDM has no such thing
-    run_digits(monkeypatch, tmp_path / "cdm", "--steps", "3", "--beside",
-               str(tmp_path / "ddm/weights.pt"), "--benchmark")
-    said = capsys.readouterr().out
-    for what in (r"\| CDM, ddim", r"\| DDM, ddpm", r"CDM / DDM: mean \d", r"One pass \+ log Z: \d",
-                 r"ertified", r"ten passes: [\d.]+ %", r"\| training step of 16 \|.*\| DDM \|"):
-        assert re.search(what, said), what
-    one, log_z, both = (float(re.search(pattern, said)[1]) for pattern in (
-        r"\| one forward pass +\| +\d+ \| +([\d.-]+)",
-        r"\| log Z by .*?levels +\| +\d+ \| +([\d.-]+)",
-        r"One pass \+ log Z: ([\d.-]+)"))
-    assert abs(one + log_z - both) < 0.002
-    for name in ("samples.png", "levels.png", "errors.png"):
-        assert (tmp_path / "cdm" / name).stat().st_size > 2000
-
-
-def test_bayes_rule_reads_digits_after_a_short_training(monkeypatch, tmp_path, capsys):
-    run_digits(monkeypatch, tmp_path, "--steps", "250", "--batch", "64", "--width", "16", "--split",
-               "validation")
-    accuracy = re.search(r"ten passes: ([\d.]+) %", capsys.readouterr().out)
-    assert float(accuracy[1]) > 30                                # by chance: 10
-
-
-def test_the_verdict_follows_log_z_and_its_error():
-    assert mnist.verdict(0.009, 0.002).startswith("Certified: ")
-    assert mnist.verdict(0.02, 0.002).endswith("0.020 bits/dim too low.")
-    assert mnist.verdict(-0.02, 0.002).endswith("0.020 bits/dim too high.")
-    for off in (0.004, math.inf, math.nan):
-        assert mnist.verdict(0.0, off).startswith("Not certified")
-
-
-def test_results_that_are_no_numbers_stop_the_program():
-    with pytest.raises(SystemExit, match="1 of 3 results are not finite"):
-        mnist.batches(lambda k: 1 / k, torch.tensor([1.0, 0.0, 2.0]))
-
-
-def test_the_committed_weights_know_digits():
-    folder = Path(__file__).parent
-    black = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    model = mnist.load_model(folder / "assets/mnist_cdm.pt", "mnist", black, "cpu")
-    assert bits_per_dim(model, black).item() < 0.3 < bits_per_dim(model, 255 - black).item()
-    data = Path(os.environ.get("MNIST", folder / "data/mnist"))
-    if not data.exists():
-        pytest.skip("no MNIST files in data/mnist")
-    digits = mnist.load_data("mnist", data)[2][0][:100]
-    bits, inverted = bits_per_dim(model, digits), bits_per_dim(model, 255 - digits)
-    assert 0.9 < bits.mean() < 1.15 and bits.max() < inverted.min()
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_training_and_sampling_stay_on_the_device_and_never_wait(family, monkeypatch, tmp_path):
+    """On PyTorch's meta device tensors have no values: to mix them with the CPU's, or to ask for a
+    number (on a GPU the program would wait for it), is an error. Reports and checkpoints may."""
+    for name in ("report", "save"):
+        monkeypatch.setattr(mnist, name, lambda *args, **content: None)
+    monkeypatch.setattr(mnist.Checkpoint, "save", lambda *args: None)
+    model = training(tmp_path, "meta", family, steps=3)
+    for method in ("ddpm", "ddim", "dpm"):
+        x = sample(model, torch.randn(3, 1, 8, 8, device="meta"), 12, method)
+        assert x.is_meta and x.shape == (3, 1, 8, 8)
 
 
 def run_digits(monkeypatch, out, *flags):
@@ -943,6 +742,24 @@ def run_digits(monkeypatch, out, *flags):
         command += " --batch 16 --width 8"
     monkeypatch.setattr(sys, "argv", command.split() + list(flags))
     mnist.main()
+
+
+def test_a_ddm_and_a_cdm_train_and_stand_beside_each_other(monkeypatch, tmp_path, capsys):
+    run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
+    said = capsys.readouterr().out
+    assert "ELBO" in said and "one forward pass" not in said             # a DDM has no such thing
+    run_digits(monkeypatch, tmp_path / "cdm", "--steps", "250", "--batch", "64", "--width", "16",
+               "--split", "validation", "--beside", str(tmp_path / "ddm/weights.pt"), "--benchmark")
+    said = capsys.readouterr().out
+    for what in (r"\| CDM, ddim", r"\| DDM, ddpm", r"CDM / DDM: mean \d", r"One pass \+ log Z: \d",
+                 r"ertified", r"\| training step of 64 \|.*\| DDM \|"):
+        assert re.search(what, said), what
+    one, log_z, both, right = (float(re.search(pattern, said)[1]) for pattern in (
+        r"\| one forward pass +\| +\d+ \| +([\d.-]+)", r"levels +\| +\d+ \| +([\d.-]+)",
+        r"One pass \+ log Z: ([\d.-]+)", r"ten passes: ([\d.]+) %"))
+    assert abs(one + log_z - both) < 0.002 and right > 30                         # by chance: 10 %
+    for name in ("samples.png", "levels.png", "errors.png"):
+        assert (tmp_path / "cdm" / name).stat().st_size > 2000
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_and_weights_measure_the_same(
@@ -973,75 +790,96 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_weights_measure_the_same(
 
 
 def test_what_cannot_go_on_says_why_and_keeps_what_is_saved(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match="diverged.*lower --lr"):
-        run_digits(monkeypatch, tmp_path, "--steps", "8", "--lr", "1e30")
-    kept = mnist.load(tmp_path / "model.pt")
-    assert all(v.isfinite().all() for v in kept["ema"].values())
-    with pytest.raises(SystemExit, match="was made with"):
-        run_digits(monkeypatch, tmp_path, "--steps", "9", "--resume")
-    mnist.save(tmp_path / "model.pt", **kept | dict(step=100))
-    with pytest.raises(SystemExit, match="longer run"):
-        run_digits(monkeypatch, tmp_path, "--steps", "9")
-    config, ema = kept["config"], kept["ema"]
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:3000])
-    mnist.save(tmp_path / "list.pt", config=config, ema=[1])
-    mnist.save(tmp_path / "kind.pt", config=config | dict(model="gan"), ema=ema)
-    mnist.save(tmp_path / "wide.pt", config=config | dict(width=16), ema=ema)
-    mnist.save(tmp_path / "nan.pt", config=config, ema={k: v * math.nan for k, v in ema.items()})
-    for name, why in (("cut", "no usable"), ("absent", "no usable"), ("list", "no usable"),
-                      ("kind", "no network"), ("wide", "no network"), ("nan", "not finite")):
+    def refused(why, *flags, out=tmp_path):
         with pytest.raises(SystemExit, match=why):
-            run_digits(monkeypatch, tmp_path, "--weights", str(tmp_path / f"{name}.pt"))
-    (tmp_path / "weights").mkdir()
-    mnist.save(tmp_path / "weights/model.pt", config=config, ema=ema)
-    with pytest.raises(SystemExit, match="was made with"):
-        run_digits(monkeypatch, tmp_path / "weights", "--steps", "8", "--lr", "1e30", "--resume")
-    with pytest.raises(SystemExit, match="cannot be written"):
-        run_digits(monkeypatch, tmp_path / "cut.pt")
+            run_digits(monkeypatch, out, *flags)
+
+    refused("diverged.*lower --lr", "--steps", "8", "--lr", "1e30")
+    path = tmp_path / "model.pt"
+    kept = mnist.load(path)
+    assert all(v.isfinite().all() for v in kept["ema"].values())
+    refused("is of", "--steps", "9", "--resume")                        # of another configuration
+    mnist.save(path, **kept | dict(step=100))
+    refused("longer run", "--steps", "9")
+    refused("cannot be written", out=path)
+    report = mnist.report
+    monkeypatch.setattr(mnist, "report", lambda *args: (report(*args), os.utime(path, ns=(1, 1))))
+    refused("another process", "--steps", "200")
+    data, ema = bytearray(path.read_bytes()), kept["ema"]
+    data[len(data) // 2] ^= 1
+    (tmp_path / "bit.pt").write_bytes(data)
+    (tmp_path / "cut.pt").write_bytes(data[:3000])
+    for name, config, ema in (
+            ("list", {}, [1]), ("kind", dict(model="gan"), ema), ("wide", dict(width=16), ema),
+            ("nan", {}, {k: v * math.nan for k, v in ema.items()})):
+        mnist.save(tmp_path / f"{name}.pt", config=kept["config"] | config, ema=ema)
+    for name, why in dict(absent="no usable", bit="no usable.*damaged", cut="no usable",
+                          list="no usable", kind="no network", wide="no network",
+                          nan="not finite").items():
+        refused(why, "--weights", str(tmp_path / f"{name}.pt"))
 
 
-@pytest.mark.parametrize("flags, why", [
-    ("--steps 0", "at least 1"), ("--images 1", "at least"), ("--seed -1", "at least"),
-    ("--width 12", "multiple of 8"), ("--lr nan", "positive"), ("--T 1", "at least 2"),
-    ("--weights x.pt --steps 3", "does not train"), ("--seed 9999999999", "must be"),
-    ("--benchmark", "--beside"), ("--device cuda", "sees none")])
-def test_flags_that_mean_nothing_are_refused(flags, why, monkeypatch, capsys):
-    if "cuda" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setattr(sys, "argv", ["mnist.py", *flags.split()])
-    with pytest.raises(SystemExit):
-        mnist.main()
-    assert why in capsys.readouterr().err
+BAD_FLAGS = [
+    (toy_2d, "--datasets moons", "unknown 'moons'; known: eight_gaussians, checkerboard"),
+    (toy_2d, "--methods NCE,", "unknown ''; known: NCE, TRE"), (toy_2d, "--steps 0", "1 or more"),
+    (toy_2d, "--chasm --methods CDM", "not with --chasm"),
+    (toy_2d, f"--out {__file__}", "written to: File exists"),
+    (mnist, "--steps 0", "at least 1"), (mnist, "--seed 9999999999", "must be"),
+    (mnist, "--width 12", "multiple of 8"), (mnist, "--lr nan", "positive"),
+    (mnist, "--weights x.pt --steps 3", "does not train"), (mnist, "--benchmark", "--beside"),
+    pytest.param(mnist, "--device cuda", "sees none", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a GPU"))]
 
 
-IDX = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(range(24))
+@pytest.mark.parametrize("script, flags, message", BAD_FLAGS)
+def test_flags_that_mean_nothing_end_in_one_sentence(script, flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
+    monkeypatch.setattr(toy_2d, "in_parallel", None)                       # train nothing
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    assert message in f"{stop.value}{capsys.readouterr().err}"
 
 
-def test_the_reader_takes_good_files_and_says_what_is_wrong_with_others(tmp_path):
-    md5 = hashlib.md5(IDX).hexdigest()
-    assert mnist.parse_idx(IDX, md5).shape == (2, 3, 4)
-    for bad in (IDX[:-1], b"<html>" + IDX):
-        with pytest.raises(ValueError, match="damaged"):
-            mnist.parse_idx(bad, md5)
-    (tmp_path / "f").write_bytes(IDX)
-    assert mnist.read_or_download(tmp_path, "f", md5, mirrors=()).sum() == sum(range(24))
-    (tmp_path / "g.gz").write_bytes(gzip.compress(IDX)[:-9])
-    with pytest.raises(SystemExit, match="(?s)cannot be read.*g.gz.*Delete"):
-        mnist.read_or_download(tmp_path, "g", md5, mirrors=())
+def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
+    a, b = torch.randn(50000, 3).double(), 2 * torch.randn(50000, 3).double() + 1
+    assert_close(mnist.frechet(a, b), 3 * 1.0 + 3 * (1 - 2) ** 2, atol=0.1, rtol=0)
+    assert abs(mnist.frechet(a, a)) < 1e-9
+
+
+def test_the_verdict_follows_log_z_and_its_error_and_nothing_that_is_not_a_number():
+    assert mnist.verdict(0.009, 0.002).startswith("Certified: ")
+    assert mnist.verdict(0.02, 0.002).endswith("0.020 bits/dim too low.")
+    assert mnist.verdict(-0.02, 0.002).endswith("0.020 bits/dim too high.")
+    assert mnist.verdict(0.0, 0.004).startswith("Not certified")
+    with pytest.raises(SystemExit, match="1 of 3 results are not finite"):
+        mnist.batches(lambda k: 1 / k, torch.tensor([1.0, 0.0, 2.0]))
+
+
+def test_the_committed_weights_know_digits():
+    args = argparse.Namespace(dataset="mnist", device="cpu", T=None)
+    black = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    model = mnist.load_model(HERE / "assets/mnist_cdm.pt", args, black)
+    assert bits_per_dim(model, black).item() < 0.3 < bits_per_dim(model, 255 - black).item()
+    data = Path(os.environ.get("MNIST", HERE / "data/mnist"))
+    if not data.exists():
+        pytest.skip("no MNIST files in data/mnist")
+    digits = mnist.load_data("mnist", data)[2][0][:100]
+    bits, inverted = bits_per_dim(model, digits), bits_per_dim(model, 255 - digits)
+    assert 0.9 < bits.mean() < 1.15 and bits.max() < inverted.min()
 
 
 def test_a_download_tries_each_mirror_and_leaves_nothing_half_done(tmp_path):
-    mirrors, whole, md5 = [], gzip.compress(IDX), hashlib.md5(IDX).hexdigest()
-    for name, content in (("down", None), ("cut", whole[:-9]), ("good", whole)):
+    idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(range(24))
+    mirrors, whole, md5 = [], gzip.compress(idx), hashlib.md5(idx).hexdigest()
+    for name, content in (("down", None), ("cut", whole[:-9]), ("html", gzip.compress(b"<html>")),
+                          ("good", whole)):
         (tmp_path / name).mkdir()
         if content:
             (tmp_path / name / "f.gz").write_bytes(content)
         mirrors.append(f"{(tmp_path / name).as_uri()}/")
     data = tmp_path / "data"
-    with pytest.raises(SystemExit, match="(?s)cannot be read.*down.*cut.*t10k-l.*--dataset digits"):
-        mnist.read_or_download(data, "f", md5, mirrors[:2])
-    with pytest.raises(SystemExit, match="damaged"):
-        mnist.read_or_download(data, "f", "another md5", mirrors)
+    with pytest.raises(SystemExit, match="(?s)read.*down.*cut.*html.*damaged.*digits.*t10k-l"):
+        mnist.read_or_download(data, "f", md5, mirrors[:3])
     assert not data.exists()
     assert mnist.read_or_download(data, "f", md5, mirrors).shape == (2, 3, 4)
     assert os.listdir(data) == ["f.gz"]
@@ -1050,33 +888,27 @@ def test_a_download_tries_each_mirror_and_leaves_nothing_half_done(tmp_path):
 
 # ----------------------------------------------------------------------------------------- README
 
-README = (Path(__file__).parent / "README.md").read_text()
+README = (HERE / "README.md").read_text()
 
 
-def test_every_file_that_the_readme_names_is_there():
-    names = set(re.findall(r"\]\(([^)#]+)\)", README))
-    names |= {n for n in re.findall(r"[\w./-]+\.(?:py|png|pt|txt)\b", README)
-              if not n.startswith("runs/")}
-    assert len(names) > 10
-    for name in names - {n for n in names if n.startswith("http")}:
-        assert (Path(__file__).parent / name).exists(), name
-
-
-@pytest.mark.parametrize("script", ["toy_2d", "mnist"])
-def test_every_flag_of_a_command_in_the_readme_is_explained(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script, "-h"])
-    with pytest.raises(SystemExit):
-        {"toy_2d": toy_2d, "mnist": mnist}[script].main()
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    commands = re.findall(rf"python {script}\.py([^`#|\n]*)", README)
-    used = {flag for command in commands for flag in re.findall(r"--[a-zA-Z][\w-]*", command)}
-    assert len(used) >= 2 and used <= known, used - known
+def test_the_readme_names_files_and_flags_that_there_are(monkeypatch, capsys):
+    names = re.findall(r"\]\(([^)#]+)\)|([\w./-]+\.(?:py|png|pt|txt))\b", README)
+    names = {a or b for a, b in names}
+    for name in (n for n in names if not n.startswith(("runs/", "http"))):
+        assert (HERE / name).exists(), name
+    for script in (toy_2d, mnist):
+        monkeypatch.setattr(sys, "argv", [script.__name__, "-h"])
+        with pytest.raises(SystemExit):
+            script.main()
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        commands = re.findall(rf"python {script.__name__}\.py([^`#|\n]*)", README)
+        used = {flag for command in commands for flag in re.findall(r"--[a-zA-Z][\w-]*", command)}
+        assert len(used) >= 2 and used <= known, used - known
 
 
 def test_the_code_in_the_readme_is_the_code_of_cdm_and_gives_what_is_written_there(capsys):
-    source = (Path(__file__).parent / "cdm.py").read_text()
     code = lambda line: re.sub(r"\s{2,}#.*", "", line.strip())
-    lines = {code(line) for line in source.splitlines()}
+    lines = {code(line) for line in (HERE / "cdm.py").read_text().splitlines()}
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 4
     for block in blocks:

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_swiss_roll
 from torch import nn
 
-from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, stratified_levels,
+from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, stratified_levels,
                  uniform_schedule)
 
 SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # neighbours are 0.4 apart: they overlap
-HALF, CELLS = 4.25, 160                                # evaluation grid: [-4.25, 4.25]^2, 160 x 160
+HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25, 4.25]^2, 120 x 120
 
 # ------------------------------------------------------------------------------------- the truth
 
@@ -266,7 +266,7 @@ def run(dataset, name, steps, seed):
     row, log_p, log_q = evaluate(method.log_prob, oracle)
     pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
     if name == "CDM":
-        pictures["CDM samples"] = method.net.sample((2000, 2), steps=40, method="ddpm").numpy()
+        pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), 40, "ddpm").numpy()
     return dict(dataset=dataset, method=name, seed=seed, **row, passes=method.passes,
                 seconds=seconds), pictures
 
@@ -474,7 +474,7 @@ def main():
     add("--datasets", type=names(DATASETS), help="default: " + ",".join(DATASETS))
     add("--methods", type=names(METHODS), help="default: " + ",".join(METHODS))
     add("--chasm", action="store_true", help="correlated Gaussian pairs in 20 to 160 dimensions")
-    add("--steps", type=int, default=1200, help="steps of a training (%(default)s)")
+    add("--steps", type=int, default=1000, help="steps of a training (%(default)s)")
     add("--seeds", type=int, help="trainings of each, seeds 0, 1, .. (1; with --chasm 3)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for results (%(default)s)")
     args = p.parse_args()
