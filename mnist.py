@@ -14,17 +14,13 @@ runs/: model.pt (checkpoint), weights.pt (small), log.csv, pictures. The method 
 import argparse
 import copy
 import gzip
-import hashlib
 import math
 import os
 import time
-import urllib.request
 import zipfile
-import zlib
-from http.client import HTTPException
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -35,43 +31,23 @@ from torch.utils.benchmark import Timer
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_snr_schedule,
                  ode_log_prob, sample)
 
-matplotlib.use("Agg")                                                    # no screen is needed
-import matplotlib.pyplot as plt  # noqa: E402
-
 # ------------------------------------------------------------------------------------------- data
 
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-           "https://storage.googleapis.com/cvdf-datasets/mnist/")
-FILES = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",  # MD5 of what is in the .gz
-         "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-         "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-         "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+FILES = {"train-images-idx3-ubyte.gz": "440fcabf73cc546f",                # how the SHA-256 begins
+         "train-labels-idx1-ubyte.gz": "3552534a0a558bbe",
+         "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79",
+         "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6d"}
 
 
-def read_or_download(folder, name, md5, mirrors=MIRRORS):
-    """The array in folder/name.gz (IDX format), or from the first mirror that gives a good one.
-
-    SystemExit, with what to do, if the file there is damaged or no mirror answers."""
-    path, problems = folder / f"{name}.gz", []
-    for source in [path] if path.exists() else [f"{mirror}{name}.gz" for mirror in mirrors]:
-        try:
-            with open(path, "rb") if source == path else urllib.request.urlopen(source) as file:
-                packed = file.read()
-            data = gzip.decompress(packed)
-            if hashlib.md5(data).hexdigest() != md5:
-                raise ValueError(f"damaged: {len(data)} bytes that are not MNIST's")
-            if source != path:                                    # all of it or nothing
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "part").write_bytes(packed)
-                os.replace(folder / "part", path)
-            axes = data[3]                                        # big-endian sizes, then the bytes
-            sizes = np.frombuffer(data, ">i4", axes, 4)
-            return torch.tensor(np.frombuffer(data, np.uint8, -1, 4 + 4 * axes).reshape(sizes))
-        except (EOFError, HTTPException, OSError, ValueError, zlib.error) as error:
-            problems.append(f"{source}: {error}")
-    raise SystemExit("\n".join([
-        "MNIST cannot be read:", *problems, f"Delete a damaged file, or put these in {folder}/ (or "
-        "name another --data), or use --dataset digits:", *(f"{file}.gz" for file in FILES)]))
+def read_or_download(folder, name, sha256):
+    """The array in folder/name, a gzipped IDX file; downloaded, whole or not at all, if need be."""
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL + name, folder / name, sha256, progress=False)
+    data = gzip.decompress((folder / name).read_bytes())
+    sizes = np.frombuffer(data, ">i4", data[3], 4)                # big-endian, then the bytes
+    return torch.tensor(np.frombuffer(data, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes))
 
 
 def load_data(dataset, folder):
@@ -82,7 +58,11 @@ def load_data(dataset, folder):
         y = torch.tensor(load_digits().target[order])
         x, y, test, test_y, held_out = x[:1500], y[:1500], x[1500:], y[1500:], 150
     else:
-        x, y, test, test_y = (read_or_download(Path(folder), *file) for file in FILES.items())
+        try:
+            x, y, test, test_y = (read_or_download(Path(folder), *file) for file in FILES.items())
+        except Exception as error:
+            raise SystemExit(f"MNIST cannot be read: {error}\nDelete a damaged file, or put these "
+                             f"in {folder}: {list(FILES)}, or use --data or --dataset digits")
         held_out = 5000
     x, y, test, test_y = x[:, None], y.long(), test[:, None], test_y.long()
     return (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), (test, test_y)
@@ -312,8 +292,6 @@ def load_model(path, args, images):
     try:
         if config["dataset"] != args.dataset:
             raise ValueError(f"trained on --dataset {config['dataset']}")
-        if not all(v.isfinite().all() for v in kept["ema"].values()):
-            raise ValueError("weights that are not finite")
         model = build(config, images)
         model.load_state_dict(kept["ema"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -348,6 +326,7 @@ class Checkpoint:
 
 def train(args, config, images, labels):
     """Train; return the model with averaged weights (EMA). Checkpoint and log go to args.out."""
+    torch.backends.cudnn.benchmark = True             # the second derivative has unusual shapes
     device, steps = args.device, args.steps
     model = build(config, images).to(device)
     ema, optimiser = copy.deepcopy(model), torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
@@ -359,23 +338,24 @@ def train(args, config, images, labels):
     weights, window = dict(w_mse=(wiener.mean() / wiener).float().to(device)), []
     if args.model == "cdm":
         weights, window = weights | dict(w_ce=W_CE), [WINDOW]
-    loss_at = lambda y, *drawn: given(model, y).loss_at(*drawn, **weights)
-    loss_at = torch.compile(loss_at, disable=device.type != "cuda")     # on a CPU it gains nothing
+    y = torch.empty(args.batch, dtype=torch.long, device=device)       # the labels of each step
+    loss_at = torch.compile(given(model, y).loss_at, disable=device.type != "cuda")  # CPU: no gain
     images, labels = images.to(device), labels.to(device)         # the whole data set, one tensor
     for step in range(first + 1, steps + 1):
         torch.manual_seed(args.seed * 1_000_003 + step)     # a step depends on its number alone, so
         rows = torch.randint(len(images), (args.batch,), device=device)   # a resumed run repeats it
         dropped = torch.rand(args.batch, device=device) < UNLABELLED
-        y = torch.where(dropped, CLASSES, labels[rows])
+        y.copy_(torch.where(dropped, CLASSES, labels[rows]))
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)      # after warm-up, half a cosine
         optimiser.param_groups[0]["lr"] = args.lr * min(step / (0.03 * steps + 1), cosine)
         optimiser.zero_grad()
-        loss = loss_at(y, *model.draw(to_x0(images[rows]), *window))
+        loss = loss_at(*model.draw(to_x0(images[rows]), *window), **weights)
         loss.total.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         if step % max(1, min(100, steps // 20)) == 0 or step == steps:
             report(args, step, loss, norm, (time.time() - begun) / (step - first))
             checkpoint.save(step - 1)                              # weights that just proved good
+            first, begun = step, time.time()
         optimiser.step()
         with torch.no_grad():                         # averages about the last tenth, or 1000 steps
             blend = max(0.001, 9 / (9 + step))
@@ -411,11 +391,18 @@ def batches(function, images):
     return values
 
 
-def likelihood(model, finer, images):
+def refined(model, T, images):
+    """A CDM with T levels in place of its own: its network serves any number."""
+    finer = build(dict(model="cdm", T=T, width=model.net.level.out_features), images.cpu())
+    finer.load_state_dict(model.state_dict())
+    return finer.to(images.device).eval()
+
+
+def likelihood(model, images, fine):
     """Print bits/dim of 8-bit images by the ELBO and, of a CDM, by one forward pass, certified.
 
-    What can make one pass wrong is its normaliser log Z alone: `finer`, the same network with more
-    levels, measures it by annealing. ELBO and ODE stand beside it, compared image by image."""
+    What can make one pass wrong is its normaliser log Z alone: annealing through `fine` levels
+    measures it. ELBO and ODE stand beside it, compared image by image."""
     begun = time.time()
     print(f"| {'bits/dim':36s} | images |   mean |   s.e. | seconds |\n"
           f"| {'-' * 36} | ------ | ------ | ------ | ------- |")
@@ -430,14 +417,14 @@ def likelihood(model, finer, images):
 
     bound = batches(lambda k: bits_per_dim(model, k, elbo, draws=model.T), images[:500])
     row("ELBO, an upper bound", bound)
-    if finer is None:
+    if isinstance(model, DDM):
         return
     bits = batches(lambda k: bits_per_dim(model, k), images)
     mean, error = row("one forward pass", bits)
     row("ELBO less one pass, paired", bound - bits[:500])
     flow = batches(lambda k: bits_per_dim(model, k, ode_log_prob, probes=1), images[:40])
     row("probability-flow ODE less one pass", flow - bits[:40])
-    x0 = to_x0(images[:40])
+    finer, x0 = refined(model, fine, images), to_x0(images[:40])
     x1 = finer.add_noise(x0, 1, torch.randn_like(x0))
     found = batches(lambda x1: torch.tensor(annealed_log_z(finer, x1)), x1)
     log_z, off, below, above = (found / (x0[0].numel() * math.log(2))).tolist()
@@ -534,9 +521,10 @@ def show_samples(models, images, path):
     fig, axes = plt.subplots(1, 1 + 2 * len(models), figsize=(3 + 6 * len(models), 3.3),
                              layout="constrained")
     picture(axes[0], to_x0(images[:100]).unflatten(0, (10, -1)), "real digits")
+    seed = torch.initial_seed() + 1          # for the noise of the steps; not that of `noise` again
     for pair, (name, model) in zip((axes[1:3], axes[3:]), models.items()):
         for ax, one, title in zip(pair, (model, given(model, y, 1.0)), ("", ", a class a row")):
-            torch.manual_seed(0)                                    # the noise of the steps, too
+            torch.manual_seed(seed)
             x0 = sample(one, noise, model.T, "ddpm").clamp(-1, 1)
             picture(ax, x0.unflatten(0, (10, 10)), f"{name}{title}")
     fig.savefig(path, dpi=100)
@@ -588,13 +576,13 @@ def show_errors(models, images, train_images, path):
 # ------------------------------------------------------------------------------------------- main
 
 
-def benchmark(model, ddm, finer, images):
+def benchmark(model, ddm, fine, images):
     """Print what the work of a CDM takes, and beside it a DDM's, or other ways to a likelihood."""
-    x0, k = to_x0(images), images[:10]
+    x0, k, finer = to_x0(images), images[:10], refined(model, fine, images)
 
     def step(m, *window):
         """Loss and gradients of a batch, compiled on a GPU."""
-        fast = torch.compile(m.loss_at, disable=not x0.is_cuda)
+        fast = torch.compile(m.loss_at, dynamic=False, disable=not x0.is_cuda)
         return lambda: fast(*m.draw(x0, *window)).total.backward()
 
     def ms(work):
@@ -701,29 +689,25 @@ def main():
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"out of memory: a lower --batch or --width needs less ({error})")
     except OSError as error:
-        raise SystemExit(f"--out {args.out} cannot be written to: {error}")
+        raise SystemExit(f"the system says: {error}. Can --out {args.out} be written to?")
 
 
 def measure(args, models, train_set, held_out):
     """One screen of tables, and the pictures of the run."""
+    torch.backends.cudnn.allow_tf32 = False                          # numbers as on a CPU
     images, labels = (v[:args.images] for v in held_out)
     show_samples(models, images, args.out / "samples.png")
-    finer = None
     for name, model in models.items():
         print(f"\n{name}: {sum(p.numel() for p in model.parameters())} weights, T = {model.T}")
-        if name == "CDM":                                       # its network serves any T
-            config = dict(model="cdm", T=args.fine, width=model.net.level.out_features)
-            finer = build(config, train_set[0]).to(args.device).eval()
-            finer.load_state_dict(model.state_dict())
-            show_levels(model, images[:1], args.out / "levels.png")
-        likelihood(model, finer if name == "CDM" else None, images)
+        likelihood(model, images, args.fine)
     if "CDM" in models:
+        show_levels(models["CDM"], images[:1], args.out / "levels.png")
         classify(models["CDM"], images[:1000], labels[:1000])
     if len(models) == 2:
         show_errors(models, images[:500], train_set[0], args.out / "errors.png")
     quality(models, train_set, held_out, args.samples)
     if args.benchmark:
-        benchmark(models["CDM"], models["DDM"], finer, train_set[0][:args.batch])
+        benchmark(models["CDM"], models["DDM"], args.fine, train_set[0][:args.batch])
     print(f"pictures: {', '.join(str(path) for path in sorted(args.out.glob('*.png')))}")
 
 
