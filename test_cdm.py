@@ -586,6 +586,14 @@ def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a
         assert_close(model.log_prob(x, t).double(), log_p, atol=0.05, rtol=1e-3)
 
 
+def test_the_comb_is_the_lattice_of_greys_seen_through_noise():
+    x, alpha = torch.linspace(-0.9, 0.9, 500).view(1, 1, -1), torch.tensor(0.95).view(1, 1, 1)
+    grey = (torch.arange(-300, 300) + 0.5) * mnist.STEP
+    for sigma in torch.tensor([0.003, 0.0047, 0.4]).view(3, 1, 1, 1):
+        seen = Normal(alpha * grey, sigma).log_prob(x[..., None]).exp().sum(3) * alpha * mnist.STEP
+        assert_close(mnist.log_comb(x, alpha, sigma).exp(), seen, atol=0.005, rtol=1e-3)
+
+
 def test_the_digit_denoiser_starts_as_the_digit_classifier_and_costs_as_much():
     (model, images), (told, _) = digit_model(), digit_model("ddm")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 4, 8, 12])
