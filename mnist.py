@@ -285,18 +285,18 @@ def load(path):
         raise SystemExit(f"{path} is no usable checkpoint ({problem})")           # an unsafe load
 
 
-def load_model(path, args, images):
+def load_model(path, images, dataset="mnist", device="cpu", T=None):
     """The averaged model of a checkpoint, ready to measure, with its own number of levels or T."""
     kept = load(path)
-    config = kept["config"] | dict(T=args.T or kept["config"]["T"])
+    config = kept["config"] | dict(T=T or kept["config"]["T"])
     try:
-        if config["dataset"] != args.dataset:
+        if config["dataset"] != dataset:
             raise ValueError(f"trained on --dataset {config['dataset']}")
         model = build(config, images)
         model.load_state_dict(kept["ema"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"{path} holds no network that can be used here: {error}")
-    return model.to(args.device).eval()
+    return model.to(device).eval()
 
 
 class Checkpoint:
@@ -508,7 +508,8 @@ def classify(model, images, labels):
 
 def picture(ax, x0, title):
     """Images (rows, columns, 1, H, W) as one, black -1 to white 1."""
-    ax.imshow(x0[:, :, 0].permute(0, 2, 1, 3).flatten(0, 1).flatten(1).cpu().numpy(), cmap="gray",
+    x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)
+    ax.imshow(x0.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).cpu().numpy(), cmap="gray",
               vmin=-1, vmax=1)
     ax.set_title(title, fontsize=9)
     ax.axis("off")
@@ -607,7 +608,8 @@ def at_least(least, multiple=1):
     """A parser of whole numbers that refuses those that mean nothing."""
     def parse(text):
         if not least <= int(text) < 2 ** 31 or int(text) % multiple:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, a multiple of {multiple}")
+            raise argparse.ArgumentTypeError(f"must be at least {least}" + (
+                f", a multiple of {multiple}" if multiple > 1 else ""))
         return int(text)
     return parse
 
@@ -668,11 +670,12 @@ def main():
     images = train_set[0]
     print(f"torch {torch.__version__} on {args.device}; {len(images)} training images of "
           f"{images.shape[2]}x{images.shape[3]} pixels", flush=True)
-    beside = args.beside and load_model(args.beside, args, images)
+    setting = images, args.dataset, args.device, args.T
+    beside = args.beside and load_model(args.beside, *setting)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.weights:
-            model = load_model(args.weights, args, images)
+            model = load_model(args.weights, *setting)
         else:
             names = "model", "dataset", "width", "steps", "batch", "lr", "seed"
             config = {name: getattr(args, name) for name in names} | dict(T=args.T or 64)

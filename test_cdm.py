@@ -804,9 +804,8 @@ def test_the_verdict_follows_log_z_and_its_error_and_nothing_that_is_not_a_numbe
 
 
 def test_the_committed_weights_know_digits():
-    args = argparse.Namespace(dataset="mnist", device="cpu", T=None)
     black = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    model = mnist.load_model(HERE / "assets/mnist_cdm.pt", args, black)
+    model = mnist.load_model(HERE / "assets/mnist_cdm.pt", black)
     assert bits_per_dim(model, black).item() < 0.3 < bits_per_dim(model, 255 - black).item()
     data = Path(os.environ.get("MNIST", HERE / "data/mnist"))
     if not data.exists():
