@@ -235,9 +235,9 @@ class CDM(Diffusion):
 def sample(model, xT, steps=50, method="ddim"):
     """Samples (B, ...) from the noise xT ~ N(0, I) by exactly `steps` calls of predict_noise.
 
-    method: "ddpm" (ancestral, Ho et al. 2020; too narrow by O(1/steps)), "ddim" (deterministic, Song
-    et al. 2021) or "dpm" (DPM-Solver++ 2M, Lu et al. 2022; for few steps). A step goes from a level
-    t to any lower one, s, so that 1 to T steps will do. ValueError for others."""
+    method: "ddpm" (ancestral, Ho et al. 2020; too narrow by O(1/steps)), "ddim" (deterministic,
+    Song et al. 2021) or "dpm" (DPM-Solver++ 2M, Lu et al. 2022; for few steps). A step goes from a
+    level t to any lower one, s, so that 1 to T steps will do. ValueError for others."""
     if method not in ("ddpm", "ddim", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError("method must be 'ddpm', 'ddim' or 'dpm', steps an int in 1 .. T = "
                          f"{model.T}; got {method!r}, {steps!r}")

@@ -390,7 +390,7 @@ def density_figure(pictures, path):
     columns = len(next(iter(pictures.values())))
     fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
                              figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
-    fig.suptitle("square root of each density; log Z, nats,\nwhere it is over 10 % off", fontsize=10)
+    fig.suptitle("square root of each density;\nlog Z (nats) if over 10 % off", fontsize=10)
     for row, (dataset, mine) in zip(axes, pictures.items()):
         for ax, (title, picture) in zip(row, mine.items()):
             show(ax, picture, mine["truth"], title if ax in axes[0] else "")
