@@ -107,7 +107,7 @@ class Diffusion(torch.nn.Module):
 
     def denoise(self, xt, t):
         """x0_hat = E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t. Not at T+1: alpha = 0."""
-        alpha, sigma = self._scales(self._levels(t, xt), xt)
+        alpha, sigma = self._scales(self._levels(t, xt, self.T), xt)
         return (xt - sigma * self.predict_noise(xt, t)) / alpha
 
     def draw(self, x0, *, low=1, high=None):
@@ -120,15 +120,16 @@ class Diffusion(torch.nn.Module):
         """The training loss of clean data x0 (B, ...). Only `draw` is random: loss_at compiles."""
         return self.loss_at(*self.draw(x0, *window), **weights)
 
-    def _levels(self, t, x):
-        """t as a long tensor (B,), after checking that it lies in 0 .. T+1."""
-        if isinstance(t, int) and 0 <= t <= self.T + 1 and len(x):
+    def _levels(self, t, x, highest=None):
+        """t as a long tensor (B,), after checking that it lies in 0 .. highest (default T+1)."""
+        highest = self.T + 1 if highest is None else highest
+        if isinstance(t, int) and 0 <= t <= highest and len(x):
             return torch.full((len(x),), t, device=x.device)
         if (torch.is_tensor(t) and t.dtype == torch.long and t.shape == x.shape[:1] and len(x)
-                and not ((t < 0) | (t > self.T + 1)).any()):
+                and not ((t < 0) | (t > highest)).any()):
             return t
-        raise ValueError(f"level t must be an int or a long tensor (B,) in 0 .. {self.T + 1}, for a"
-                         f" batch of B = {len(x)} rows, 1 or more; got {t!r}")
+        raise ValueError(f"level t must be an int or a long tensor (B,) in 0 .. {highest}, for a "
+                         f"batch of B = {len(x)} rows, 1 or more; got {t!r}")
 
     def _scales(self, t, x):
         """alpha_t and sigma_t of each row, shaped (B, 1, ..) to multiply x."""
@@ -239,8 +240,7 @@ def sample(model, xT, steps=50, method="ddim"):
     Song et al. 2021) or "dpm" (DPM-Solver++ 2M, Lu et al. 2022; for few steps). A step goes from a
     level t to any lower one, s, so that 1 to T steps will do. ValueError for others."""
     if method not in ("ddpm", "ddim", "dpm") or steps not in range(1, model.T + 1):
-        raise ValueError("method must be 'ddpm', 'ddim' or 'dpm', steps an int in 1 .. T = "
-                         f"{model.T}; got {method!r}, {steps!r}")
+        raise ValueError(f"must be ddpm, ddim or dpm, in 1 .. {model.T} steps: {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
     levels = [model.T - i * model.T // steps for i in range(steps + 1)]                 # T .. 0
     x, last_x0, last_h = xT, None, None

@@ -430,6 +430,7 @@ BAD = {
     "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
     "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
     "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
+    "pure noise denoised": lambda m, x: m.denoise(x, 11),
     "label count": lambda m, x: given(m, torch.zeros(3).long()).log_prob(x),
     "label as int": lambda m, x: given(m, 7).log_prob(x),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
