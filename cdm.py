@@ -240,7 +240,7 @@ def sample(model, xT, steps=50, method="ddim"):
     Song et al. 2021) or "dpm" (DPM-Solver++ 2M, Lu et al. 2022; for few steps). A step goes from a
     level t to any lower one, s, so that 1 to T steps will do. ValueError for others."""
     if method not in ("ddpm", "ddim", "dpm") or steps not in range(1, model.T + 1):
-        raise ValueError(f"must be ddpm, ddim or dpm, in 1 .. {model.T} steps: {method!r}, {steps!r}")
+        raise ValueError(f"must be ddpm, ddim or dpm, steps 1 .. {model.T}: {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
     levels = [model.T - i * model.T // steps for i in range(steps + 1)]                 # T .. 0
     x, last_x0, last_h = xT, None, None
