@@ -508,9 +508,9 @@ def classify(model, images, labels):
 
 def picture(ax, x0, title):
     """Images (rows, columns, 1, H, W) as one, black -1 to white 1."""
-    x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)
-    ax.imshow(x0.permute(0, 2, 1, 3).flatten(0, 1).flatten(1).cpu().numpy(), cmap="gray",
-              vmin=-1, vmax=1)
+    x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)                  # a pixel between neighbours
+    x0 = x0.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)[:-1, :-1]
+    ax.imshow(x0.cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 
