@@ -280,9 +280,9 @@ def load(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["ema"].items(), [content["config"][k] for k in ("model", "dataset", "T", "width")]
         return content
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}".split("(1)")[0]   # torch goes on to advise
-        raise SystemExit(f"{path} is no usable checkpoint ({problem})")           # an unsafe load
+    except Exception as error:             # torch's message goes on to advise an unsafe load: cut
+        problem = f"{type(error).__name__}: {error}".split("(1)")[0]
+        raise SystemExit(f"{path} is no usable checkpoint ({problem})")
 
 
 def load_model(path, images, dataset="mnist", device="cpu", T=None):
@@ -393,7 +393,8 @@ def batches(function, images):
 
 def refined(model, T, images):
     """A CDM with T levels in place of its own: its network serves any number."""
-    finer = build(dict(model="cdm", T=T, width=model.net.level.out_features), images.cpu())
+    config = dict(model="cdm", T=T, width=model.net.level.out_features)
+    finer = build(config, images[:1].cpu())                              # for their size alone
     finer.load_state_dict(model.state_dict())
     return finer.to(images.device).eval()
 
@@ -611,6 +612,7 @@ def at_least(least, multiple=1):
             raise argparse.ArgumentTypeError(f"must be at least {least}" + (
                 f", a multiple of {multiple}" if multiple > 1 else ""))
         return int(text)
+    parse.__name__ = "whole number"                                      # so argparse calls it
     return parse
 
 

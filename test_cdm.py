@@ -776,7 +776,8 @@ BAD_FLAGS = [
     (toy_2d, "--datasets moons", "invalid choice: 'moons'"), (toy_2d, "--steps 0", "1 or more"),
     (toy_2d, "--chasm --methods CDM", "not with --chasm"),
     (toy_2d, f"--out {__file__}", "written to: File exists"),
-    (mnist, "--steps 0", "at least 1"), (mnist, "--width 12", "multiple of 8"),
+    (mnist, "--steps two", "whole number"), (mnist, "--steps 0", "at least 1"),
+    (mnist, "--width 12", "multiple of 8"),
     (mnist, "--weights x.pt --steps 3", "does not train"), (mnist, "--benchmark", "--beside"),
     pytest.param(mnist, "--device cuda", "sees none", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU"))]
