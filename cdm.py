@@ -96,9 +96,11 @@ class Diffusion(torch.nn.Module):
 
     def __init__(self, net, schedule):
         super().__init__()
+        if not isinstance(schedule, Schedule) or not len(schedule.alpha) == len(schedule.sigma) > 3:
+            raise ValueError(f"a Schedule of two tensors (T+2,), T >= 2, is needed; got {schedule}")
         alpha, sigma = (v.double().cpu() for v in schedule)
         ends = alpha[0], sigma[0], alpha[-1], sigma[-1]
-        if len(alpha) < 4 or ends != (1, 0, 0, 1) or not ((alpha / sigma).diff() < 0).all():
+        if ends != (1, 0, 0, 1) or not ((alpha / sigma).diff() < 0).all():
             raise ValueError(f"alpha / sigma must fall, from 1 / 0 to 0 / 1; got {schedule}")
         if any(map(torch.nn.parameter.is_lazy, getattr(net, "parameters", list)())):
             raise ValueError("a lazy layer has no weights yet: call net(x) once before")
@@ -113,11 +115,15 @@ class Diffusion(torch.nn.Module):
 
     def denoise(self, xt, t):
         """E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t, for t = 0 .. T."""
+        if not torch.is_tensor(t) and t == self.T + 1:
+            raise ValueError(f"level {t} is pure noise: nothing can be denoised")
         alpha, sigma = self.scales(t, xt)
         return (xt - sigma * self.predict_noise(xt, t)) / alpha
 
     def level(self, t, x):
-        """t, an int or a long tensor (B,), as a long tensor (B,)."""
+        """t, an int or a long tensor (B,), as a long tensor (B,) for the batch x."""
+        if not x.is_floating_point() or len(x) == 0:
+            raise ValueError(f"x must be floats, 1 row or more; got {x.dtype} {tuple(x.shape)}")
         if torch.is_tensor(t) and t.dtype == torch.long and t.shape == x.shape[:1]:
             return t
         if not torch.is_tensor(t) and t in range(self.T + 2):
@@ -126,8 +132,6 @@ class Diffusion(torch.nn.Module):
 
     def scales(self, t, x):
         """alpha_t and sigma_t of each row, shaped (B, 1, ..) so that they multiply x."""
-        if not x.is_floating_point() or len(x) == 0:
-            raise ValueError(f"x must be floats, 1 row or more; got {x.dtype} {tuple(x.shape)}")
         t, shape = self.level(t, x), (-1, *[1] * (x.dim() - 1))
         tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
         return [v.to(x).index_select(0, t).view(shape) for v in tables]
@@ -202,7 +206,7 @@ class CDM(Diffusion):
         pick = stratified(len(x0), (self.T + 3 - K) * K, x0.device)     # a window and a place in it
         first, which = pick // K, pick % K
         levels = first[:, None] + torch.arange(K, device=x0.device)                       # (B, K)
-        t, eps = first + which, torch.randn_like(x0)
+        t, eps = self.level(first + which, x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels, which)
         return F.cross_entropy(ratio, which), self.mse(eps_hat, eps, t, w_mse)
 
@@ -215,7 +219,8 @@ class DDM(Diffusion):
 
     def losses(self, x0, w_mse=1.0):
         """0, as there is no classifier, and the denoising error (Ho et al. 2020); see CDM."""
-        t, eps = 1 + stratified(len(x0), self.T, x0.device), torch.randn_like(x0)
+        t = self.level(1 + stratified(len(x0), self.T, x0.device), x0)
+        eps = torch.randn_like(x0)
         eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
         return torch.zeros_like(self.alpha[0]), self.mse(eps_hat, eps, t, w_mse)
 
@@ -300,7 +305,7 @@ def elbo(model, x0):
     bound = E[log N(x_T; 0, I) | x_0] + d log(sigma_T / sigma_1)
             - 1/2 integral of ||eps - eps_hat||^2 over the log-SNR            (Kingma et al. 2021)
     by the trapezoid rule. ValueError if neighbouring levels are more than 1 apart in log-SNR."""
-    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x0[0].numel()
+    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x0.shape[1:].numel()
     log_snr = [2 * math.log(a / s) for a, s in zip(alpha[1:-1], sigma[1:-1])]
     if max(a - b for a, b in pairwise(log_snr)) > 1 + 1e-9:
         raise ValueError("levels are more than 1 apart in log-SNR: the ELBO needs more of them")
@@ -324,7 +329,7 @@ def ode_log_prob(model, x, t=1, probes=0):
     estimates it without bias from n random vectors of signs (Hutchinson)."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
-    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x[0].numel()
+    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x.shape[1:].numel()
     vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
     if probes:
         vectors = torch.randint(2, (probes, *x.shape), device=x.device).to(x) * 2 - 1

@@ -308,14 +308,17 @@ def save(path, **content):
     os.replace(f"{path}.part", path)
 
 
-def load(path, device="cpu"):
-    """The trained model in a weights.pt or model.pt, ready to measure. SystemExit if none is."""
+def load(path, device="cpu", dataset=None):
+    """The trained model in a weights.pt or model.pt, ready to measure. SystemExit if none is there,
+    or if it was trained on another dataset."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if dataset not in (None, content["config"]["dataset"]):
+            raise ValueError(f"it is of {content['config']}")
         model = build(content["config"])
         model.load_state_dict(content["ema"])
     except Exception as error:
-        sys.exit(f"{path} holds no weights of mnist.py ({str(error).splitlines()[0]})")
+        sys.exit(f"{path} holds no weights that can be used here: {str(error).splitlines()[0]}")
     return model.to(device).eval()
 
 
@@ -556,7 +559,13 @@ def arguments():
                        ("width", "channels, a multiple of 4")):
         add(f"--{name}", type=int, help=f"{text} ({FULL[name]}, quick {QUICK[name]})")
     add("--seed", type=int, default=0)
-    return p.parse_args()
+    args = p.parse_args()
+    if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)) or (
+            args.width or 4) % 4:
+        p.error("--steps, --batch and --width must be 1 or more, --width a multiple of 4")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        p.error(f"--device cuda: torch {torch.__version__} sees no such device")
+    return args
 
 
 def main():
@@ -573,7 +582,7 @@ def main():
     try:
         torch.manual_seed(args.seed)
         if args.weights:
-            models = {Path(path).stem: load(path, args.device) for path in args.weights}
+            models = {Path(path).stem: load(path, args.device, args.dataset) for path in args.weights}
         else:
             print(f"training a {args.model}: {trained}", flush=True)
             models = {args.model: train(trained, *train_set, args.device, out, args.resume,

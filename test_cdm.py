@@ -3,18 +3,23 @@
 Run with `pytest`: about a minute on two CPU cores, no network access. Read the two theorems first.
 """
 
-import argparse
+import copy
 import gzip
 import hashlib
 import math
+import multiprocessing
 import os
+import pickle
 import re
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -94,7 +99,7 @@ def test_theorem_3_2_the_logits_give_the_exact_log_density_at_every_level(name):
     truth, model = mixture(SCHEDULES[name])
     x = 2 * torch.randn(64, 2).double()
     for t in range(52):
-        assert_close(model.log_prob(x, t), truth.logits(x)[:, t])
+        assert_close(model.log_prob(x, np.int64(t)), truth.logits(x)[:, t])
     t = torch.randint(0, 52, (64,))                                # a level per row
     assert_close(model.log_prob(x, t), truth.logits(x).gather(1, t[:, None])[:, 0])
 
@@ -120,12 +125,12 @@ def test_schedules_fall_from_clean_to_pure_noise_as_their_definition_says(make, 
     assert_close(alpha, preserved, rtol=1e-7, atol=1e-9)
 
 
-def test_stratified_levels_hit_every_level_equally_often():
+def test_stratified_integers_are_evenly_spread_and_in_random_order():
     for _ in range(50):
-        counts = torch.bincount(cdm.stratified_levels(64, 0, 31), minlength=32)
+        counts = torch.bincount(cdm.stratified(64, 32), minlength=32)
         assert counts.sum() == 64 and counts.min() >= 1 and counts.max() <= 3
-    many = torch.cat([cdm.stratified_levels(7, 1, 4) for _ in range(4000)])
-    assert_close(torch.bincount(many)[1:] / len(many), torch.full((4,), 0.25), atol=0.01, rtol=0)
+    many = torch.cat([cdm.stratified(7, 4)[:2] for _ in range(10000)])
+    assert_close(torch.bincount(many) / len(many), torch.full((4,), 0.25), atol=0.02, rtol=0)
 
 
 # ----------------------------------------------------------------------------------- the classifier
@@ -135,75 +140,61 @@ def small_model(T=10, width=32):
     return CDM(toy_2d.MLP(2, T + 2, width, 2, frequencies=0), log_snr_schedule(T, 8, -8))
 
 
-def test_the_loss_is_its_parts_and_minimal_for_the_exact_classifier():
+def observed(model, x0, *args):
+    """The losses of a model, and what it computed them from: t, eps, xt, levels, which."""
+    noised, asked, add_noise, ask = [], [], model.add_noise, model.ratio_and_noise
+    model.add_noise = lambda x0, t, eps: noised.append((t, eps)) or add_noise(x0, t, eps)
+    model.ratio_and_noise = lambda *args: asked.append(args) or ask(*args)
+    losses = model.losses(x0, *args)
+    del model.add_noise, model.ratio_and_noise
+    return losses, *noised[0], *asked[0]
+
+
+@pytest.mark.parametrize("K", [2, 5, None])
+def test_the_losses_are_cross_entropy_and_weighted_error_over_a_window_of_levels(K):
     truth, model = mixture(log_snr_schedule(20, 8, -8))
-    xt, eps, levels, t = drawn = model.draw(truth.sample(20000))
-    weights, error = torch.rand(22).double(), (model.predict_noise(xt, t) - eps).square().mean(1)
-    exact = model.loss_at(*drawn, w_ce=0.5, w_mse=weights)               # a weight for each level
-    assert_close(exact.ce, nn.functional.cross_entropy(truth.logits(xt), t))
-    assert_close(exact.mse, error.mean())
-    assert_close(exact.total, 0.5 * exact.ce + (weights[t] * error).mean())
-    assert_close(model.loss_at(*drawn, w_mse=2.0).total, exact.ce + 2 * exact.mse)
-    ddm = DDM(lambda x, t: model.predict_noise(x, t), truth.schedule)
-    assert_close(ddm.loss_at(xt, eps, t, w_mse=weights).total, (weights[t] * error).mean())
-    tilted = CDM(lambda x: truth.logits(x) * 1.5, truth.schedule).loss_at(*drawn)
-    assert tilted.ce > exact.ce + 0.02 and tilted.mse > exact.mse + 0.005
-
-
-@pytest.mark.parametrize("K", [2, 5])
-def test_a_network_asked_for_levels_learns_the_same_from_windows_of_them(K):
-    """Average over the levels that a sample x may have come from, p(t | x), and over the K windows
-    that hold t, each with chance 1/K: for the exact classifier no constant wants to move."""
-    truth, plain = mixture(log_snr_schedule(20, 8, -8))
-    shift = torch.zeros(22).double().requires_grad_()
-
-    def net(x, levels):                             # asked for levels; it could shift their logits
-        logits = truth.logits(x) + shift
-        return logits.gather(1, levels) - logits[:, -1:]
-
-    net.takes_levels = True
-    model = CDM(net, truth.schedule)
-    x, t = truth.sample(22), torch.arange(22)
-    assert_close(model.log_prob(x, t), plain.log_prob(x, t))
-    assert_close(model.predict_noise(x, t), plain.predict_noise(x, t))
-    drawn = plain.draw(x)
-    assert_close(model.loss_at(*drawn), plain.loss_at(*drawn))
-
-    total, x = 0, 0.5 * x[:1]
-    for t, p in enumerate(truth.logits(x).softmax(1)[0].tolist()):
-        for k in range(K):
-            levels = t - k + torch.arange(K)[None]
-            loss = model.loss_at(x, x, levels, torch.tensor([k]), w_ce=1.0, w_mse=0.0)
-            total = total + p / K * loss.total
-    total.backward()
-    assert_close(shift.grad, torch.zeros(22).double(), atol=1e-12, rtol=0)
-
-    x0, n = truth.sample(8800), 8800                   # and what `draw` gives are such windows
-    xt, eps, levels, which = model.draw(x0, K)
-    t = levels.gather(1, which[:, None])[:, 0]
+    model.window, x0, w_mse = K, truth.sample(4400), torch.rand(22).double()
+    (ce, mse), t, eps, xt, levels, which = observed(model, x0, w_mse)
     assert_close(xt, model.add_noise(x0, t, eps))
-    assert_close(torch.bincount(t), torch.full((22,), n // 22), rtol=0, atol=1)
-    assert_close(torch.bincount(which) / n, torch.full((K,), 1 / K), atol=0.02, rtol=0)
-    assert levels.shape == (n, K) and (levels.diff() == 1).all() and levels.min() == 1 - K
+    assert_close(levels.gather(1, which[:, None])[:, 0], t)
+    assert_close(ce, F.cross_entropy(truth.logits(xt).gather(1, levels), which))
+    assert_close(mse, (w_mse[t] * (model.predict_noise(xt, t) - eps).square().mean(1)).mean())
+    n = K or 22                                                   # all windows and places alike
+    assert levels.shape == (4400, n) and (levels.diff() == 1).all()
+    places = torch.bincount(levels[:, 0] * n + which)
+    assert len(places) == (23 - n) * n and places.max() - places.min() <= 1
+    model.net = lambda x: 1.5 * truth.logits(x)                     # a wrong one is worse in both
+    torch.manual_seed(0)
+    worse = model.losses(x0, w_mse)
+    model.net = truth.logits
+    torch.manual_seed(0)
+    assert all(a > b for a, b in zip(worse, model.losses(x0, w_mse)))
 
 
-@pytest.mark.parametrize("family, backend", [
-    ("MLP", "inductor"), ("cdm", "aot_eager"), ("ddm", "aot_eager")])
-def test_the_compiled_loss_equals_the_eager_one_and_so_do_its_gradients(family, backend):
-    model, shape, window = small_model(), (2,), ()
-    if family != "MLP":
-        model, shape = given(digit_model(family)[0], torch.arange(32) % 10), (1, 8, 8)
-        window = (2,) if family == "cdm" else ()
-    compiled = torch.compile(model.loss_at, backend=backend, fullgraph=True, dynamic=False)
-    drawn = model.draw(torch.randn(32, *shape), *window)        # all that is random is in here
-    losses, grads = [], []
-    for loss_at in (model.loss_at, compiled):
-        model.zero_grad()
-        losses.append(loss_at(*drawn))
-        losses[-1].total.backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert_close(losses[1], losses[0], equal_nan=True)                  # a DDM has no CE
-    assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("K", [2, 5, None])
+def test_the_exact_classifier_is_where_the_cross_entropy_of_windows_is_stationary(K, monkeypatch):
+    """At one point x, average over all windows and places, with the chance p(t | x) of level t: no
+    level's logit may want to move. Each row has shifts of its own, so gradients can be weighted."""
+    truth, _ = mixture(log_snr_schedule(20, 8, -8))
+    n = (23 - (K or 22)) * (K or 22)
+    shift, x = torch.zeros(n, 22).double().requires_grad_(), torch.tensor([[0.3, -0.2]]).double()
+    model = CDM(lambda x: truth.logits(x) + shift, truth.schedule)
+    model.window = K
+    monkeypatch.setattr(cdm, "stratified", lambda B, n, device: torch.arange(n))
+    model.add_noise = lambda x0, t, eps: drawn.append(t) or x.expand(n, 2)
+    drawn = []
+    model.losses(torch.zeros(n, 2).double())[0].backward()
+    p = truth.logits(x).softmax(1)[0, drawn[0]]
+    assert shift.grad.abs().max() > 1e-4
+    assert_close(p @ shift.grad, torch.zeros(22).double(), atol=1e-12, rtol=0)
+
+
+def test_compiled_equals_eager_where_nothing_is_random_and_losses_compile():
+    model, x, t = small_model(), torch.randn(4, 2), torch.tensor([1, 3, 5, 9])
+    compiled = torch.compile(model.predict_noise)
+    assert_close(compiled(x, t), model.predict_noise(x, t), rtol=1e-4, atol=1e-5)
+    sum(torch.compile(model.losses, backend="aot_eager", fullgraph=True)(x)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # --------------------------------------------------------------------------------------- samplers
@@ -224,7 +215,7 @@ def test_dpm_solver_is_second_order_and_ddim_first(schedule):
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim"])
-@pytest.mark.parametrize("steps", [1, 7, 60])
+@pytest.mark.parametrize("steps", [1, 7, None])
 @pytest.mark.parametrize("schedule", [log_snr_schedule(60, 8, -8), ot_schedule(60)])
 def test_samples_have_the_right_mean_and_covariance(method, steps, schedule):
     """With Gaussian data every step is affine, so mean and covariance follow by matrices alone."""
@@ -232,17 +223,18 @@ def test_samples_have_the_right_mean_and_covariance(method, steps, schedule):
     eye, calls, precisions = torch.eye(2).double(), [], truth.noised.precision_matrix
     predict = model.predict_noise
     model.predict_noise = lambda x, t: calls.append(t) or predict(x, t)
-    x = sample(model, torch.randn(4000, 2).double(), steps, method)
-    assert calls == [60 - i * 60 // steps for i in range(steps)]           # exactly `steps` calls
+    x = sample(model, torch.randn(4000, 2).double(), steps and np.int64(steps), method)
+    n = steps or 60
+    assert calls == [60 - i * 60 // n for i in range(n)]                # exactly n calls
     mean, cov = torch.zeros(2).double(), eye
     for t, s in zip(calls, calls[1:] + [0]):
         # E[x_0|x_t] = m + gain (x_t - alpha_t m)
         gain = alpha[t] * truth.covs[0] @ precisions[t, 0]
-        carry = alpha[t] / alpha[s]
-        fresh = sigma[t] ** 2 - carry ** 2 * sigma[s] ** 2
+        alpha_ts = alpha[t] / alpha[s]
+        var_ts = sigma[t] ** 2 - alpha_ts ** 2 * sigma[s] ** 2
         if method == "ddpm":                                # posterior mean and variance, Ho et al.
-            a, b = carry * sigma[s] ** 2 / sigma[t] ** 2, alpha[s] * fresh / sigma[t] ** 2
-            variance = fresh * sigma[s] ** 2 / sigma[t] ** 2
+            a, b = alpha_ts * sigma[s] ** 2 / sigma[t] ** 2, alpha[s] * var_ts / sigma[t] ** 2
+            variance = var_ts * sigma[s] ** 2 / sigma[t] ** 2
         else:
             a, b, variance = sigma[s] / sigma[t], alpha[s] - alpha[t] * sigma[s] / sigma[t], 0
         step = a * eye + b * gain
@@ -250,7 +242,7 @@ def test_samples_have_the_right_mean_and_covariance(method, steps, schedule):
         cov = step @ cov @ step.T + variance * eye
     assert_close(x.mean(0), mean, atol=0.05, rtol=0)
     assert_close(torch.cov(x.T), cov, atol=0.05, rtol=0)
-    if steps == 60 and method == "ddim":                      # and with small steps it is the truth
+    if steps is None and method == "ddim":                    # and with small steps it is the truth
         assert_close(cov, truth.covs[0], atol=0.05, rtol=0)
 
 
@@ -265,100 +257,58 @@ def test_elbo_ode_and_one_pass_agree_for_the_exact_classifier():
     assert_close(ode_log_prob(model, x1[:100], 1), one_pass[:100], atol=0.03, rtol=0)
     guess = ode_log_prob(model, x1[:400], 1, probes=2)                   # Hutchinson: no bias
     assert_close(guess.mean(), one_pass[:400].mean(), atol=0.05, rtol=0)
-    bound = elbo(model, x0, draws=20)
+    bound = elbo(model, x0)
     assert abs(bound.mean() - one_pass.mean()) < 0.06             # two standard errors of 2000 rows
     wrong = CDM(lambda x: 2 * truth.logits(x), model.schedule)  # a wrong denoiser loosens the bound
-    assert elbo(wrong, x0, draws=5).mean() < bound.mean() - 0.1
+    assert elbo(wrong, x0).mean() < bound.mean() - 0.1
 
 
 def test_the_elbo_is_a_lower_bound_also_where_level_T_is_not_yet_noise():
     truth, model = one_gaussian(log_snr_schedule(80, 8, 0), (1.0, -1.0))       # alpha_T^2 = 1/2
     x0 = truth.sample(2000)
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
-    gap = model.log_prob(x1, 1).mean() - elbo(model, x0, draws=20).mean()
+    gap = model.log_prob(x1, 1).mean() - elbo(model, x0).mean()
     mean, cov = truth.noised.mean[80, 0], truth.noised.covariance_matrix[80, 0]
     kl = 0.5 * (mean @ mean + cov.trace() - 2 - cov.logdet())              # KL(p_T || N(0, I))
     assert_close(gap, kl, atol=0.08, rtol=0)
 
 
-def test_each_row_of_the_elbo_meets_all_levels():
-    _, model = one_gaussian(log_snr_schedule(40, 8, -8))
-    x0 = torch.ones(4000, 2).double()
-    bound = elbo(model, x0, draws=1)              # equal rows, in an order that must not matter
-    spread = 4 * (bound.std() * (2 / 2000) ** 0.5).item()
-    assert_close(bound[:2000].mean(), bound[2000:].mean(), atol=spread, rtol=0)
-    one_by_one = elbo(model, x0[:400], draws=40)      # each level once: little noise
-    assert one_by_one.std() < bound.std() / 3
-    assert_close(one_by_one.mean(), bound.mean(), atol=spread, rtol=0)
-
-
-def test_the_audits_expose_a_likelihood_better_than_the_truth_in_64_dimensions():
-    """A short training on a Gaussian with the covariance of scikit-learn's digits, whose entropy is
-    known. The MSE leads and is not at its optimum: one pass lands below the truth about as far as
-    the ELBO above it, and log Z says so. Numbers in nats; `pytest -s -k 64` prints them."""
-    pixels = torch.from_numpy(load_digits().data)
-    cov, eye = (pixels / pixels.std()).T.cov(), torch.eye(64).double()
-    root = torch.linalg.cholesky(cov + 1e-6 * eye).float()
-    schedule = log_snr_schedule(64, 7, -8)
-    alpha, sigma = (v[:, None] for v in schedule)
-    variance = alpha ** 2 * cov.diag() + sigma.clamp(min=sigma[1].item()) ** 2             # (L, 64)
-    mlp = toy_2d.MLP(64, 66, width=256, layers=3, frequencies=0)
-    nn.init.zeros_(mlp.net[-1].weight), nn.init.zeros_(mlp.net[-1].bias)
-    constant, precision = variance.log().sum(1).float(), (1 / variance).T.float()
-    pixels = lambda x: -0.5 * (x.square() @ precision + constant)   # independent ones, exactly, and
-    model = CDM(lambda x: pixels(x) + mlp(x), schedule)             # what an MLP adds
-    method = toy_2d.Method(mlp, lambda x0: model.loss(x0, w_ce=0.001).total, None, 1)
-    toy_2d.train(method, lambda: torch.randn(256, 64) @ root.T, steps=400, lr=3e-3)
-    x0 = torch.randn(2000, 64) @ root.T
-    x1 = model.add_noise(x0, 1, torch.randn_like(x0))
-    truth = 0.5 * torch.logdet(2 * math.pi * math.e * (alpha[1] ** 2 * cov + sigma[1] ** 2 * eye))
-    one_pass, bound = -model.log_prob(x1, 1).mean(), -elbo(model, x0, draws=8).mean()
-    ode = -ode_log_prob(model, x1[:200], probes=4).mean()
-    log_z, off, below, above = annealed_log_z(model, x1[:500])
-    print(f"\n64-d Gaussian, -E log p_1: truth {truth:.2f}, one pass {one_pass:.2f}, ELBO "
-          f"{bound:.2f}, ODE {ode:.2f}, log Z {log_z:.2f} +- {off:.2f}")
-    assert one_pass < truth - 1                              # too good to be true: not normalised
-    assert truth < bound < truth + 4 and truth - 0.3 < ode < truth + 4
-    assert below < log_z < above and log_z > 1 and one_pass + log_z > truth - 0.5
-
-
 @pytest.mark.parametrize("schedule", [log_snr_schedule(100, 6, -6), ot_schedule(120)])
-def test_annealing_finds_a_missing_normaliser_from_both_sides(schedule):
-    truth, exact = mixture(schedule)             # the straight path is not variance preserving
-    wrong = torch.zeros(len(schedule.alpha)).double()
-    wrong[1], wrong[40:60] = 0.8, -0.5                     # p_1 integrates to e^0.8, others cancel
-    model = CDM(lambda x: truth.logits(x) + wrong, schedule)
+def test_annealing_brackets_a_planted_constant_and_does_not_see_others(schedule):
+    truth, _ = mixture(schedule)                 # the straight path is not variance preserving
+    planted = torch.zeros(len(schedule.alpha)).double()
+    planted[1], planted[40:60] = 0.8, -0.5                 # p_1 integrates to exp(0.8)
+    model = CDM(lambda x: truth.logits(x) + planted, schedule)
     x1 = model.add_noise(truth.sample(1000), 1, torch.randn(1000, 2).double())
-    log_z, off, below, above = annealed_log_z(model, x1)
-    assert below < 0.8 < above and off < 0.06
-    assert abs(log_z - 0.8) < 3 * off
-    log_z, off, below, above = annealed_log_z(model, x1[:3])                # too few to overlap
-    assert_close((log_z - off, log_z + off), tuple(sorted((below, above))), atol=1e-5, rtol=0)
+    below, above = annealed_log_z(model, x1)
+    width = 0.6 if schedule.alpha[1] > 0.998 else 5.0            # few levels near the data are wide
+    assert below < 0.8 < above < below + width
+    assert abs((below + above) / 2 - 0.8) < width / 6
 
 
 def lattice(schedule, counts):
-    """The exact model of one 8-bit pixel, given counts per grey value, and images of it."""
+    """The exact model of one 8-bit pixel, given counts per grey value, and images of it as x0."""
     grey, p = torch.tensor(list(counts)), torch.tensor(list(counts.values())).double()
+    place = (2 * grey.double() + 1) / 256 - 1
+
     def logits(x):
         sigma = schedule.sigma.clamp(min=1e-4)                      # level 0 gets a tiny width
-        z = (x[..., None] - schedule.alpha * ((2 * grey[:, None] + 1) / 256 - 1)) / sigma
+        z = (x[..., None] - schedule.alpha * place[:, None]) / sigma
         logs = (p / p.sum()).log()[:, None] - z ** 2 / 2 - sigma.log() - math.log(2 * math.pi) / 2
         return logs.logsumexp(1)
-    images = grey[torch.multinomial(p, 4000, replacement=True)].to(torch.uint8)[:, None]
-    return CDM(logits, schedule).double(), images
+
+    return CDM(logits, schedule), place[torch.multinomial(p, 4000, replacement=True)][:, None]
 
 
-def test_the_8_bit_bound_of_a_known_distribution_is_its_entropy():
-    counts = {0: 2, 10: 1, 11: 1}                                        # entropy 1.5 bits
-    model, images = lattice(log_snr_schedule(100, 13, -8), counts)
-    bits = bits_per_dim(model, images).mean()
-    assert 1.48 < bits < 1.56                       # 0.03 of it: neighbours 10 and 11 blur a little
-    assert abs(bits_per_dim(model, images[:500], ode_log_prob).mean() - bits) < 0.1
-    assert abs(bits_per_dim(model, images, elbo, draws=20).mean() - bits) < 0.05
-    sharp = lattice(log_snr_schedule(100, 16, -8), counts)[0]
-    assert abs(bits_per_dim(sharp, images).mean() - 1.5) < 0.02
-    # at log-SNR 8 (sigma_1 = 2.3 grey steps) 10 and 11 blur: still a bound, no longer tight
-    assert bits_per_dim(lattice(log_snr_schedule(100, 8, -8), counts)[0], images).mean() > 1.6
+def test_the_bits_of_a_known_distribution_are_its_entropy():
+    model, x0 = lattice(log_snr_schedule(100, 14, -8), {0: 2, 10: 1, 11: 1})       # 1.5 bits
+    x1, sigma1 = model.add_noise(x0, 1, torch.randn_like(x0)), model.schedule.sigma[1]
+    for log_p1 in (model.log_prob(x1, 1), elbo(model, x0)):
+        assert_close(bits_per_dim(log_p1, sigma1, 1).mean().item(), 1.5, atol=0.04, rtol=0)
+    ode = bits_per_dim(ode_log_prob(model, x1[:500], 1), sigma1, 1).mean()
+    assert abs(ode - bits_per_dim(model.log_prob(x1[:500], 1), sigma1, 1).mean()) < 0.1
+    two = bits_per_dim(2 * model.log_prob(x1, 1), sigma1, 2)                # two equal pixels
+    assert_close(two, bits_per_dim(model.log_prob(x1, 1), sigma1, 1))
 
 
 # ---------------------------------------------------------------------- as a user meets the module
@@ -367,54 +317,73 @@ def test_the_8_bit_bound_of_a_known_distribution_is_its_entropy():
 def test_it_runs_in_float32_and_float64_on_points_and_images_and_is_saved():
     for dtype in (torch.float32, torch.float64):
         make = lambda: CDM(nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(),
-                                         nn.Linear(32, 12)), ddpm_schedule(10)).to(dtype)
+                                         nn.Linear(32, 22)), log_snr_schedule(20, 8, -8)).to(dtype)
         model, twin = make(), make()
         x = sample(model, torch.randn(3, 1, 4, 4, dtype=dtype), 5, "dpm")
         assert x.shape == (3, 1, 4, 4) and x.dtype == dtype
         for result in (model.log_prob(x), elbo(model, x), ode_log_prob(model, x, probes=2)):
             assert result.dtype == dtype and result.shape == (3,)
         assert not x.requires_grad and not elbo(model, x).requires_grad       # no graph is kept
-        model.loss(x).total.backward()
+        sum(model.losses(x)).backward()
         assert not torch.equal(twin.log_prob(x), model.log_prob(x))
         twin.load_state_dict(model.state_dict())
         assert_close(twin.log_prob(x), model.log_prob(x))
+        parallel = CDM(nn.DataParallel(model.net), model.schedule)                # a wrapped network
+        assert_close(parallel.predict_noise(x, 3), model.predict_noise(x, 3))
+
+
+class Labelled(nn.Module):
+    """The mixture's exact classifier; its two components are two classes."""
+
+    def forward(self, x, y=None):
+        truth, _ = mixture()
+        if y is None:
+            return truth.logits(x)
+        return (truth.parts(x) - truth.weights.log())[torch.arange(len(x)), :, y]
 
 
 def test_guidance_0_is_the_labelled_model_and_minus_1_the_one_without_labels():
     truth, _ = mixture()
-
-    def net(x, y=None):                                   # its two components as two classes
-        if y is None:
-            return truth.logits(x)
-        parts = truth.parts(x) - truth.weights.log()                                   # (B, L, 2)
-        return parts[torch.arange(len(x)), :, y]
-
-    model, x = CDM(net, truth.schedule), truth.sample(8)
+    model, x = CDM(Labelled(), truth.schedule), truth.sample(8)
     y, ones, t = torch.tensor([0, 1] * 4), torch.ones(8).long(), torch.arange(1, 48, 6)
-    free, told = model.predict_noise(x, t), given(model, y).predict_noise(x, t)
-    assert not torch.allclose(free, told)
+    free, labelled = model.predict_noise(x, t), given(model, y).predict_noise(x, t)
+    assert not torch.allclose(free, labelled)
+    assert_close(model.predict_noise(x, t), free)                  # the model itself has no labels
     assert_close(given(model, y, -1.0).predict_noise(x, t), free)
-    assert_close(given(model, y, 2.0).predict_noise(x, t), told + 2 * (told - free))
+    assert_close(given(model, y, 2.0).predict_noise(x, t), labelled + 2 * (labelled - free))
     ddm = DDM(lambda x, t, y=None: (model if y is None else given(model, y)).predict_noise(x, t),
               truth.schedule)
     for w in (-1.0, 0.0, 2.0):
         assert_close(given(ddm, y, w).predict_noise(x, t), given(model, y, w).predict_noise(x, t))
-    alone = CDM(lambda x: net(x, ones), truth.schedule)
+    alone = CDM(lambda x: Labelled()(x, ones), truth.schedule)
     assert_close(sample(given(model, ones), x, 10), sample(alone, x, 10))
-    drawn = model.draw(x)
-    assert_close(given(model, ones).loss_at(*drawn), alone.loss_at(*drawn))
+    assert_close(given(given(model, y, 3.0), ones).log_prob(x), alone.log_prob(x))     # replaced
+
+
+def test_a_labelled_model_shares_weights_keeps_its_class_is_copied_and_pickled():
+    model, y, x = digit_model()[0], torch.arange(3), torch.randn(3, 1, 8, 8)
+    labelled = given(model, y, 1.0)
+    assert type(labelled) is mnist.DigitCDM and labelled.window == 2
+    labelled.net.net.label.weight.data += torch.randn(11, 32)               # seen by both
+    value = labelled.log_prob(x)
+    assert_close(given(model, y, 1.0).log_prob(x), value)
+    for twin in (copy.deepcopy(labelled), pickle.loads(pickle.dumps(labelled))):
+        assert_close(twin.log_prob(x), value)
+        twin.net.net.label.weight.data.zero_()
+        assert_close(labelled.log_prob(x), value)
 
 
 def test_a_ddm_of_the_same_denoiser_is_the_same_diffusion_model():
     truth, exact = one_gaussian(SCHEDULES["log-SNR"])
     shown = []
-    told = DDM(lambda xt, t: shown.append(t) or exact.predict_noise(xt, t), truth.schedule)
+    ddm = DDM(lambda xt, t: shown.append(t) or exact.predict_noise(xt, t), truth.schedule)
     start, x0 = torch.randn(6, 2).double(), truth.sample(5000)
-    assert_close(sample(told, start, 10), sample(exact, start, 10))
-    assert_close(ode_log_prob(told, start), ode_log_prob(exact, start))
+    assert_close(sample(ddm, start, 10), sample(exact, start, 10))
+    assert_close(ode_log_prob(ddm, start), ode_log_prob(exact, start))
     shown.clear()
-    loss, ends = told.loss(x0), 1 / 50         # the CDM also meets t = 0, where eps_hat = 0 costs 1
-    assert_close(loss.total, exact.loss(x0).mse * 52 / 50 - ends, atol=0.02, rtol=0)
+    ce, mse = ddm.losses(x0)                   # the CDM also meets t = 0, where eps_hat = 0 costs 1
+    assert ce == 0
+    assert_close(mse, exact.losses(x0)[1] * 52 / 50 - 1 / 50, atol=0.02, rtol=0)
     assert shown[0].min() == 1 and shown[0].max() == 50
 
 
@@ -423,30 +392,41 @@ BAD = {
     "log-SNR rises": lambda m, x: CDM(m.net, log_snr_schedule(10, -8, 8)),
     "schedule ends": lambda m, x: CDM(None, Schedule(torch.linspace(1, 0.1, 9), torch.rand(9))),
     "schedule shape": lambda m, x: CDM(None, Schedule(torch.ones(5), torch.ones(4))),
+    "no schedule": lambda m, x: CDM(None, 1000),
+    "lazy layer": lambda m, x: CDM(nn.LazyLinear(12), m.schedule),
     "level above": lambda m, x: m.predict_noise(x, 12),
     "level below": lambda m, x: m.log_prob(x, -1),
-    "level float": lambda m, x: m.add_noise(x, 3.0, x),
+    "level float": lambda m, x: m.add_noise(x, 3.5, x),
     "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
     "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
-    "level tensor range": lambda m, x: m.log_prob(x, torch.full((4,), 12)),
     "pure noise denoised": lambda m, x: m.denoise(x, 11),
-    "label count": lambda m, x: given(m, torch.zeros(3).long()).log_prob(x),
-    "label as int": lambda m, x: given(m, 7).log_prob(x),
+    "integer data": lambda m, x: m.losses(x.byte()),
+    "integer data noised": lambda m, x: m.add_noise(x.byte(), 1, x),
+    "label as int": lambda m, x: given(m, 7),
+    "float labels": lambda m, x: given(m, torch.zeros(4)),
     "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
     "method": lambda m, x: sample(m, x, method="euler"),
     "no steps": lambda m, x: sample(m, x, steps=0),
     "steps above T": lambda m, x: sample(m, x, steps=11),
     "ODE level": lambda m, x: ode_log_prob(m, x, 0),
+    "empty batch": lambda m, x: m.losses(x[:0]),
     "ELBO of nothing": lambda m, x: elbo(m, x[:0]),
-    "float images": lambda m, x: bits_per_dim(m, x),
-    "another likelihood": lambda m, x: bits_per_dim(m, x.byte(), lambda m, x: elbo(m, x)),
+    "ELBO of few levels": lambda m, x: elbo(m, x),
+    "half precision": lambda m, x: m.bfloat16().log_prob(x.bfloat16()),
+    "ELBO in half precision": lambda m, x: elbo(small_model(30).bfloat16(), x.bfloat16()),
+    "blurred greys": lambda m, x: bits_per_dim(0.0, 0.001, 1),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_value_error_that_says_what_was_expected(name):
-    with pytest.raises(ValueError, match="must"):
+def test_bad_input_is_a_value_error(name):
+    with pytest.raises(ValueError):
         BAD[name](small_model(), torch.randn(4, 2))
+
+
+def test_a_level_in_a_tensor_never_wraps_around():
+    with pytest.raises(IndexError):
+        small_model().add_noise(torch.randn(4, 2), torch.full((4,), -1), torch.randn(4, 2))
 
 
 # -------------------------------------------------------------------------------------- toy_2d.py
@@ -478,28 +458,15 @@ def test_evaluate_gives_the_truth_a_kl_of_zero_and_sees_through_a_wrong_scale():
         toy_2d.evaluate(lambda x: far.log_prob(x.double()), far)
 
 
-def test_metropolis_steps_bring_back_what_has_gone_astray_and_keep_the_rest():
-    oracle = toy_2d.Oracle(torch.tensor([(0.8, -0.4)]), std=0.4)
-    x = torch.cat([oracle.sample(4000), torch.full((200, 2), 2.0).double()])
-    moved = toy_2d.metropolis(oracle.log_prob, x, steps=60, std=0.4)
-    for part in (moved[:4000], moved[4000:]):
-        assert_close(part.mean(0), oracle.centres[0], atol=0.1, rtol=0)
-        assert_close(part.std(0), torch.full((2,), 0.4).double(), atol=0.06, rtol=0)
-
-
 @pytest.mark.parametrize("name", toy_2d.METHODS)
-def test_every_method_recovers_a_known_log_ratio_in_the_passes_that_it_states(name):
-    schedule, calls = log_snr_schedule(20, 8, -6), []
+def test_every_method_recovers_a_known_log_ratio(name):
+    schedule = log_snr_schedule(40, 8, -6)
     oracle = toy_2d.Oracle(torch.tensor([(0.8, -0.4)]), std=0.4, schedule=schedule)
     make = lambda outputs, timed=False: toy_2d.MLP(2 + timed, outputs, 64, 2, frequencies=0)
     method = toy_2d.METHODS[name](make, schedule)
     toy_2d.train(method, lambda: oracle.sample(512).float(), steps=300, lr=1e-2)
-    for layer in (m for m in method.net.modules() if isinstance(m, toy_2d.MLP)):
-        layer.register_forward_hook(lambda *_: calls.append(1))
     x = oracle.sample(500)
     error = (method.log_prob(x.float()) - oracle.log_prob(x)).detach()
-    backward = 2 if name == "DDM-ODE" else 0    # for each forward pass; the trace: one a dimension
-    assert method.passes == len(calls) * (1 + backward)
     error = error - error.mean() if name == "MSE" else error     # it does not know the constant
     # log N(x; 0, I) in place of log p would be 1.5 off, without its mean 0.7
     assert error.abs().mean() < (0.3 if name in ("MSE", "time-score", "DDM-ODE") else 0.15)
@@ -517,7 +484,7 @@ def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monk
         assert_close(exact.log_prob(x, t), normal.log_prob(x))
 
     exact.weight = nn.Parameter(torch.zeros(()))                               # to be trained
-    off = toy_2d.Method(exact, lambda x0: exact.weight ** 2, lambda x: exact.log_prob(x) + 3, 1)
+    off = toy_2d.Method(exact, lambda x0: exact.weight ** 2, lambda x: exact.log_prob(x) + 3)
     monkeypatch.setitem(toy_2d.CHASM, "off", lambda make, schedule: off)
     row, (truth, learned) = toy_2d.chasm_run(6, "off", 1, 0)
     assert_close([row[k] for k in ("rms", "estimated", "true")], [3.0, 4.5, 1.5], atol=0.1, rtol=0)
@@ -525,41 +492,58 @@ def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monk
     assert_close(learned, truth)
 
 
-def test_a_table_shows_mean_and_spread_and_refuses_what_is_not_a_number(capsys, tmp_path):
-    rows = [dict(method=m, v=v) for m, v in (("p", 1.0), ("p", 3.0), ("q", 5.0))]
-    toy_2d.table(tmp_path / "t.csv", rows, [("speed, m/s", "v", 1, rows)])
-    lines = re.sub(" +", " ", capsys.readouterr().out).splitlines()
-    assert lines[0] == "| | p | q |" and lines[2] == "| speed, m/s | 2.0 ± 1.4 | 5.0 |"
-    assert (tmp_path / "t.csv").read_text().split() == ["method,v", "p,1.0", "p,3.0", "q,5.0"]
+def test_a_table_shows_a_spread_over_equal_trainings_only_and_refuses_nan(capsys, tmp_path):
+    rows = [dict(method=m, seed=s, v=v) for m, s, v in (("p", 0, 1.0), ("p", 1, 3.0), ("q", 0, 5.0))]
+    other = [dict(method="p", seed=0, v=1.0)]                                   # another density
+    lines = [("speed, m/s", "v", 1, rows), ("all", "v", 1, rows + other)]
+    toy_2d.table(tmp_path / "t.csv", rows, lines)
+    said = re.sub(" +", " ", capsys.readouterr().out).splitlines()
+    assert said[0] == "| | p | q |" and said[2] == "| speed, m/s | 2.0 +- 1.4 | 5.0 |"
+    assert said[3] == "| all | 1.7 | 5.0 |"
+    saved = (tmp_path / "t.csv").read_text("utf-8").split()
+    assert saved == ["method,seed,v", "p,0,1.0", "p,1,3.0", "q,0,5.0"]
     rows[0]["v"] = math.nan
     with pytest.raises(SystemExit, match="speed, m/s, p: .*nan.* is not finite"):
-        toy_2d.table(tmp_path / "t.csv", rows, [("speed, m/s", "v", 1, rows)])
+        toy_2d.table(tmp_path / "t.csv", rows, lines)
 
 
 @pytest.mark.parametrize("flags, trainings, words, files", [
-    ("--datasets two_modes --methods NCE CDM DDM-ODE --seeds 2", 6,
-     "two_modes: KL, nats|two_modes: log Z, nats|(0.9)|±|234", ["toy_2d.csv", "toy_2d.png"]),
+    ("--datasets two_modes two_modes --methods NCE CDM DDM-ODE NCE --seeds 2", 6,
+     "two_modes: KL, nats|two_modes: log Z, nats|(0.9)|+-|s left", ["toy_2d.csv", "toy_2d.png"]),
     ("--chasm --seeds 1", 10, "d = 4: mean log-ratio (1), nats|rms|time-score",
      ["chasm.csv", "hero.png", "posterior.png"])])
 def test_every_command_prints_a_table_and_draws(flags, trainings, words, files, tmp_path, capsys,
                                                 monkeypatch):
+    out = tmp_path / "my results"
     monkeypatch.setattr(toy_2d, "CELLS", 40)
     monkeypatch.setattr(toy_2d, "DIMENSIONS", (2, 4))
-    monkeypatch.setattr(sys, "argv", f"toy_2d {flags} --steps 2 --out {tmp_path}/new".split())
+    monkeypatch.setattr(sys, "argv", ["toy_2d", *flags.split(), "--steps", "2", "--out", str(out)])
     toy_2d.main()
-    out = capsys.readouterr().out
-    assert all(word in out for word in words.split("|")), out
-    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == files
-    assert len((tmp_path / "new" / files[0]).read_text().splitlines()) == 1 + trainings
+    said = capsys.readouterr().out
+    assert all(word in said for word in words.split("|")), said
+    assert sorted(f.name for f in out.iterdir()) == files
+    assert len((out / files[0]).read_text("utf-8").splitlines()) == 1 + trainings
+
+
+def test_a_job_that_fails_ends_the_others_at_once_also_where_processes_are_spawned():
+    begun = time.time()
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with pytest.raises(SystemExit, match="stopped by ZeroDivisionError"):
+            toy_2d.in_parallel([(time.sleep, 100), (divmod, 1, 0)])
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert time.time() - begun < 60 and not multiprocessing.active_children()
 
 
 # --------------------------------------------------------------------------------------- mnist.py
 
 
-def digit_model(family="cdm", T=12):
+def digit_model(family="cdm"):
     torch.manual_seed(0)
     images = (torch.rand(50, 1, 8, 8) * 300 - 40).clamp(0, 255).to(torch.uint8)
-    return mnist.build(dict(model=family, T=T, width=16), images), images
+    return mnist.build(dict(model=family, dataset="digits", width=16), images), images
 
 
 def scattered(model):
@@ -570,15 +554,15 @@ def scattered(model):
 
 
 def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a_lattice():
-    model, images = digit_model(T=64)
-    x, alpha, sigma = 0.5 * torch.randn(3, 1, 8, 8), model.schedule.alpha, model.net.sigma
-    counts = torch.stack([images == k for k in mnist.Shades.EXACT]).double().sum(1)
+    model, images = digit_model()
+    x, (alpha, sigma) = 0.5 * torch.randn(3, 1, 8, 8), model.schedule
+    counts = torch.stack([images == k for k in mnist.PixelMixture.GREYS]).double().sum(1)
     share = torch.cat([counts, (50 - counts.sum(0, keepdim=True)).expand(3, -1, -1, -1) / 3]) + 1
     grey = (2 * torch.arange(-1000, 1256).double() + 1) / 256 - 1             # also beyond 0 .. 255
     for t in (0, 1, 5, 8, 9, 10, 30, 64):          # at level 0 a little noise stands in for none
-        seen = Normal(alpha[t] * grey, sigma[t])
+        seen = Normal(alpha[t] * grey, sigma[t].clamp(min=3e-4))
         seen = seen.log_prob(x[..., None].double()).exp()                      # (3, 1, 8, 8, 2256)
-        p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(mnist.Shades.EXACT))
+        p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(mnist.PixelMixture.GREYS))
         for i, mean in enumerate((-0.6, 0.0, 0.6)):
             prior = Normal(mean, math.sqrt(math.exp(-1.5) + mnist.STEP ** 2))
             p = p + share[5 + i] * (seen * prior.log_prob(grey).exp() * mnist.STEP).sum(-1)
@@ -586,50 +570,49 @@ def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a
         assert_close(model.log_prob(x, t).double(), log_p, atol=0.05, rtol=1e-3)
 
 
-def test_the_comb_is_the_lattice_of_greys_seen_through_noise():
+def test_the_lattice_factor_is_what_noise_leaves_of_a_lattice_of_greys():
     x, alpha = torch.linspace(-0.9, 0.9, 500).view(1, 1, -1), torch.tensor(0.95).view(1, 1, 1)
     grey = (torch.arange(-300, 300) + 0.5) * mnist.STEP
-    for sigma in torch.tensor([0.003, 0.0047, 0.4]).view(3, 1, 1, 1):
+    for sigma in torch.tensor([0.003, 0.0044, 0.4]).view(3, 1, 1, 1):
         seen = Normal(alpha * grey, sigma).log_prob(x[..., None]).exp().sum(3) * alpha * mnist.STEP
-        assert_close(mnist.log_comb(x, alpha, sigma).exp(), seen, atol=0.005, rtol=1e-3)
+        assert_close(mnist.log_lattice(x, alpha, sigma).exp(), seen, atol=0.005, rtol=1e-3)
 
 
-def test_the_digit_denoiser_starts_as_the_digit_classifier_and_costs_as_much():
-    (model, images), (told, _) = digit_model(), digit_model("ddm")
-    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 4, 8, 12])
-    assert_close(told.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
-    told.loss(x).total.backward()
-    assert all(p.grad is not None for p in told.parameters())
-    wide = mnist.DigitDenoiser(images, log_snr_schedule(4), 32).last.out_channels
-    assert 1.8 < (wide / 32) ** 2 < 2.2        # FLOPs, and a backward pass to x costs a forward one
+def test_the_digit_denoiser_starts_as_the_digit_classifier_and_has_the_same_size():
+    (model, images), (ddm, _) = digit_model(), digit_model("ddm")
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 20, 40, 64])
+    assert_close(ddm.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
+    ddm.losses(x)[1].backward()
+    assert all(p.grad is not None for p in ddm.parameters())
+    a, b = (sum(p.numel() for p in m.parameters()) for m in (model, ddm))
+    assert a - b == 32                                     # the constants, which a DDM has not
 
 
 def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_in_any_number():
     model = scattered(digit_model()[0])
-    x, t = 0.5 * torch.randn(5, 1, 8, 8).double(), torch.tensor([0, 1, 5, 12, 13])
-    every = model.log_ratio(x, torch.arange(14).expand(5, 14))
+    x, t = 0.5 * torch.randn(5, 1, 8, 8).double(), torch.tensor([0, 1, 25, 64, 65])
+    every = model.log_ratio(x, torch.arange(66).expand(5, 66))
     one_by_one = torch.stack([model.log_ratio(x[i:i + 1], t[i:i + 1, None])[0] for i in range(5)])
     assert_close(one_by_one, every.gather(1, t[:, None]))
-    assert_close(every[:, 13], torch.zeros(5).double(), atol=1e-9, rtol=0)     # p_{T+1} = N(0, I)
-    finer = digit_model(T=23)[0].double()                     # every other level is one of the 12
-    finer.load_state_dict(model.state_dict())
+    assert_close(every[:, 65], torch.zeros(5).double(), atol=1e-9, rtol=0)     # p_{T+1} = N(0, I)
+    finer = mnist.DigitCDM(model.net, log_snr_schedule(127, 14, -8)).double()  # every second is new
     assert_close(finer.log_prob(x, 11), model.log_prob(x, 6), atol=1e-4, rtol=1e-4)
     y = torch.tensor([3, 1, 10, 5, 0])
-    given(model, y).loss(x, 2, w_ce=0.0).total.backward()
+    given(model, y).losses(x)[1].backward()
     for name, p in model.named_parameters():                   # constants are learned by CE alone
-        assert (p.grad.abs().max() > 0) == (name != "net.constant.weight"), name
-    given(model, y).loss(x, 2).total.backward()
+        assert (p.grad is not None) == (name != "net.constant.weight"), name
+    given(model, y).losses(x)[0].backward()
     assert model.net.constant.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("family", ["cdm", "ddm"])
-def test_no_label_is_the_label_any_and_there_are_no_others(family):
+def test_no_label_is_the_label_number_ten(family):
     x, t, y = torch.randn(2, 1, 8, 8).double(), torch.tensor([3, 9]), torch.tensor([3, 5])
-    model = scattered(digit_model(family)[0]).eval()
+    model = scattered(digit_model(family)[0])
     free = model.predict_noise(x, t)
-    assert_close(given(model, torch.full((2,), mnist.CLASSES)).predict_noise(x, t), free)
+    assert_close(given(model, torch.full((2,), 10)).predict_noise(x, t), free)
     assert not torch.allclose(given(model, y).predict_noise(x, t), free)
-    with pytest.raises(ValueError, match="labels must be in 0 .. 9"):
+    with pytest.raises(IndexError):
         given(model, y + 7).predict_noise(x, t)
 
 
@@ -637,7 +620,7 @@ def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
     images = torch.randint(0, 256, (4000, 1, 2, 2), dtype=torch.uint8)
     images[:, :, 1] = images[:, :, :1, 0] // 2                     # three pixels that are related
     schedule, x0 = log_snr_schedule(9, 6, -8), mnist.to_x0(images).flatten(1).double()
-    cov, found = x0.T.cov(), mnist.wiener_error(images, schedule)
+    cov, found = x0.T.cov(), mnist.best_linear_mse(images, schedule)
     for t in (1, 5, 9):                          # eps_hat = sigma N^-1 (xt - alpha m), N = cov(xt)
         alpha, sigma = schedule.alpha[t], schedule.sigma[t]
         noised = cov * alpha ** 2 + sigma ** 2 * torch.eye(4).double()
@@ -647,146 +630,135 @@ def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
 
 def training(out, device="cpu", model="cdm", steps=100):
     """mnist.train on 64 images of noise."""
-    args = argparse.Namespace(device=torch.device(device), steps=steps, out=out, resume=False,
-                              batch=16, lr=0.01, seed=0, model=model)
+    config = dict(model=model, dataset="digits", width=8, batch=16, steps=steps, lr=0.01, seed=0)
     images, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
-    return mnist.train(args, dict(model=model, dataset="digits", T=12, width=8), images, y)
+    return mnist.train(config, images, y, device, out)
 
 
 def test_training_warms_up_clips_averages_and_drops_labels(monkeypatch, tmp_path):
-    rates, norms, weights, told, labels = [], [], [], [], []
+    rates, norms, weights, given_to, labels = [], [], [], [], []
 
     def note(optimiser, *_):                                                      # before a step
         group = optimiser.param_groups[0]
         rates.append(group["lr"])
         norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
         weights.append([p.detach().clone() for p in group["params"]])
-        labels.append(told[-1].clone())
+        labels.append(given_to[-1].clone())
 
     monkeypatch.setattr(mnist, "W_CE", 100.0)                                 # a large gradient
-    monkeypatch.setattr(mnist, "given", lambda model, y: told.append(y) or given(model, y))
-    with register_optimizer_step_pre_hook(note):
-        ema = training(tmp_path)
+    monkeypatch.setattr(mnist, "given", lambda model, y: given_to.append(y) or given(model, y))
+    handle = register_optimizer_step_pre_hook(note)
+    average = training(tmp_path)
+    handle.remove()
     assert_close(rates[:4], [0.01 * step / 4 for step in (1, 2, 3)] + [0.01 * 0.5 * (
         1 + math.cos(math.pi * 0.04))], rtol=1e-6, atol=0)
     assert rates[-1] < 1e-9 and abs(max(norms) - 2.0) < 1e-3
-    average, weights = weights[0], weights + weights[-1:]          # the last step moves nothing
+    expected, weights = weights[0], weights + weights[-1:]         # the last step moves nothing
     for step, now in enumerate(weights[1:], 1):
-        average = [a + 9 / (9 + step) * (w - a) for a, w in zip(average, now)]
-    assert_close(list(ema.parameters()), average, rtol=1e-4, atol=1e-5)
-    assert 0.45 < (torch.cat(labels) == mnist.CLASSES).float().mean() < 0.55
+        expected = [a + 9 / (9 + step) * (w - a) for a, w in zip(expected, now)]
+    assert_close(list(average.parameters()), expected, rtol=1e-4, atol=1e-5)
+    assert 0.17 < (torch.cat(labels) == mnist.CLASSES).float().mean() < 0.23
 
 
 @pytest.mark.parametrize("family", ["cdm", "ddm"])
-def test_training_and_sampling_stay_on_the_device_and_never_wait(family, monkeypatch, tmp_path):
-    """On PyTorch's meta device tensors have no values: to mix them with the CPU's, or to ask for a
-    number (on a GPU the program would wait for it), is an error. Reports and checkpoints may."""
-    for name in ("report", "save"):
-        monkeypatch.setattr(mnist, name, lambda *args, **content: None)
-    monkeypatch.setattr(mnist.Checkpoint, "save", lambda *args: None)
+def test_training_and_sampling_stay_on_the_device(family, monkeypatch, tmp_path):
+    """On PyTorch's meta device tensors have no values, and to mix them with the CPU's is an error."""
+    monkeypatch.setattr(mnist, "save", lambda path, **content: None)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     model = training(tmp_path, "meta", family, steps=3)
     for method in ("ddpm", "ddim", "dpm"):
         x = sample(model, torch.randn(3, 1, 8, 8, device="meta"), 12, method)
         assert x.is_meta and x.shape == (3, 1, 8, 8)
 
 
+make_judge = mnist.make_judge
+
+
 def run_digits(monkeypatch, out, *flags):
-    command = f"""mnist.py --dataset digits --quick --device cpu --samples 20 --images 100 --T 12
-                  --fine 12 --out {out}"""
-    if not {"--weights", "--batch"} & set(flags):
-        command += " --batch 16 --width 8"
-    monkeypatch.setattr(sys, "argv", command.split() + list(flags))
+    """mnist.py on scikit-learn's digits, with a small preset."""
+    monkeypatch.setattr(mnist, "make_judge", lambda *data: make_judge(*data, steps=20))
+    tiny = dict(width=8, batch=16, steps=120, lr=0.01, one_pass=100, elbo=20, slow=10, fine=40,
+                samples=100)
+    monkeypatch.setattr(mnist, "QUICK", tiny)
+    monkeypatch.setattr(sys, "argv", ["mnist.py", "--dataset", "digits", "--quick", "--device",
+                                      "cpu", "--out", str(out), *map(str, flags)])
     mnist.main()
 
 
-def test_a_ddm_and_a_cdm_train_and_stand_beside_each_other(monkeypatch, tmp_path, capsys):
-    run_digits(monkeypatch, tmp_path / "ddm", "--steps", "3", "--model", "ddm")
+def numbers(said):
+    """The numbers on a screen, without the times."""
+    return re.findall(r"[+-]?\d+\.\d{3,}", re.sub(r"step .*", "", said))
+
+
+def test_a_cdm_and_a_ddm_train_resume_and_are_measured_side_by_side(monkeypatch, tmp_path, capsys):
+    run_digits(monkeypatch, tmp_path / "a ddm", "--steps", 3, "--model", "ddm")
     assert "one forward pass" not in capsys.readouterr().out             # a DDM has no such thing
-    monkeypatch.setattr(mnist.Timer, "blocked_autorange", lambda timer, **_: timer.timeit(1))
-    run_digits(monkeypatch, tmp_path / "cdm", "--steps", "250", "--batch", "64", "--width", "16",
-               "--split", "validation", "--beside", str(tmp_path / "ddm/weights.pt"), "--benchmark")
-    said = capsys.readouterr().out
-    for what in (r"\| CDM, ddim", r"\| DDM, ddpm", r"CDM / DDM: mean \d", r"ertified",
-                 r"\| training step of 64 \|.*\| DDM \|"):
-        assert re.search(what, said), what
-    one, log_z, both, right = (float(re.search(pattern, said)[1]) for pattern in (
-        r"\| one forward pass +\| +\d+ \| +([\d.-]+)", r"levels +\| +\d+ \| +([\d.-]+)",
-        r"One pass \+ log Z: ([\d.-]+)", r"ten passes: ([\d.]+) %"))
-    assert abs(one + log_z - both) < 0.002 and right > 30                         # by chance: 10 %
-    for name in ("samples.png", "levels.png", "errors.png"):
-        assert (tmp_path / "cdm" / name).stat().st_size > 2000
+    out, save = tmp_path / "a cdm", mnist.save
 
-
-def test_a_resumed_run_equals_an_uninterrupted_one_and_weights_measure_the_same(
-        monkeypatch, tmp_path, capsys):
-    save, words = mnist.save, lambda: re.search(r"log Z from below.*", capsys.readouterr().out)[0]
-
-    def keep(path, **content):                        # what an interrupted run would have left
+    def stop(path, **content):                        # as Ctrl-C does, after a save
         save(path, **content)
-        if content.get("step") == 3:
-            save(tmp_path / "b.pt", **content)
-    monkeypatch.setattr(mnist, "save", keep)
-    run_digits(monkeypatch, tmp_path / "a", "--steps", "6")
-    numbers = words()
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b.pt").rename(tmp_path / "b" / "model.pt")
-    run_digits(monkeypatch, tmp_path / "b", "--steps", "6", "--resume")
-    a, b = (mnist.load(tmp_path / name / "model.pt") for name in "ab")
-    assert a["step"] == b["step"] == 6
-    for part in ("model", "ema"):
-        assert_close(a[part], b[part], rtol=0, atol=0)
-    assert not torch.equal(a["ema"]["net.last.weight"], a["model"]["net.last.weight"])
+        if content.get("step") == 100:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(mnist, "save", stop)
+    with pytest.raises(SystemExit, match="--resume goes on from it"):
+        run_digits(monkeypatch, out)
+    monkeypatch.setattr(mnist, "save", save)
+    with pytest.raises(SystemExit, match="stopped at step 100: add --resume"):
+        run_digits(monkeypatch, out)
+    with pytest.raises(SystemExit, match="is of .*, not of .*: name another --out"):
+        run_digits(monkeypatch, out, "--resume", "--batch", 32)
     capsys.readouterr()
-    run_digits(monkeypatch, tmp_path / "c", "--weights", str(tmp_path / "a" / "model.pt"))
-    assert words() == numbers
+    run_digits(monkeypatch, out, "--resume")
+    said = capsys.readouterr().out
+    run_digits(monkeypatch, tmp_path / "b")                              # uninterrupted: the same
+    assert numbers(capsys.readouterr().out) == numbers(said)
+    a, b = (torch.load(folder / "model.pt") for folder in (out, tmp_path / "b"))
+    assert_close(a["ema"], b["ema"], rtol=0, atol=0)
+    assert not torch.equal(a["ema"]["net.last.weight"], a["model"]["net.last.weight"])
+    steps = [line.split(",")[0] for line in (out / "log.csv").read_text("utf-8").split()]
+    assert steps == ["step", "100", "120"]
+    ce, = re.findall(r"step    120 of 120   cross-entropy ([\d.]+)", said)
+    assert float(ce) < math.log(2)
+    one, log_z, both = (float(re.search(pattern, said)[1]) for pattern in (
+        r"one forward pass, 100 images +([\d.-]+)", r"log Z, between .* +([\d.-]+) \+-",
+        r"one pass \+ log Z: ([\d.-]+)"))
+    assert abs(one + log_z - both) < 0.002 and one < 5
+    run_digits(monkeypatch, tmp_path / "c", "--weights", out / "model.pt", tmp_path / "a ddm/weights.pt")
+    together = capsys.readouterr().out
+    assert set(numbers(said)[:4]) <= set(numbers(together))           # the CDM's numbers once more
+    for what in (r"\| model, label first", r"\| weights, free", r"\| weights +\| +\d+ \|"):
+        assert re.search(what, together), what
+    for name in ("samples.png", "levels.png", "errors.png"):
+        assert (tmp_path / "c" / name).stat().st_size > 2000
 
 
 def test_what_cannot_go_on_says_why_and_keeps_what_is_saved(monkeypatch, tmp_path):
-    def refused(why, *flags, out=tmp_path):
+    def refused(why, *flags):
         with pytest.raises(SystemExit, match=why):
-            run_digits(monkeypatch, out, *flags)
+            run_digits(monkeypatch, tmp_path, *flags)
 
-    refused("diverged.*lower --lr", "--steps", "8", "--lr", "1e30")
-    path = tmp_path / "model.pt"
-    kept = mnist.load(path)
-    assert all(v.isfinite().all() for v in kept["ema"].values())
-    refused("is of", "--steps", "9", "--resume")                        # of another configuration
-    mnist.save(path, **kept | dict(step=100))
-    refused("longer run", "--steps", "9")
-    refused("Can --out .* be written to", out=path)
-    monkeypatch.setattr(mnist, "report", lambda *args: os.utime(path, ns=(1, 1)))
-    refused("another process", "--steps", "200")
-    monkeypatch.undo()
-    def stop(*args):
-        raise KeyboardInterrupt                                         # as Ctrl-C does
-    monkeypatch.setattr(mnist, "report", stop)
-    refused("--resume goes on", "--steps", "200")
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "bit.pt").write_bytes(data)
-    (tmp_path / "cut.pt").write_bytes(data[:3000])
-    for name, config in dict(kind=dict(model="gan"), wide=dict(width=16)).items():
-        mnist.save(tmp_path / f"{name}.pt", config=kept["config"] | config, ema=kept["ema"])
-    for name, why in dict(absent="no usable", bit="no usable.*damaged", cut="no usable",
-                          kind="no network", wide="no network").items():
-        refused(why, "--weights", str(tmp_path / f"{name}.pt"))
+    refused("there is no .*model.pt", "--resume")
+    refused("absent.pt holds no weights", "--weights", tmp_path / "absent.pt")
+    (tmp_path / "notes.pt").write_text("not weights", "utf-8")
+    refused("notes.pt holds no weights", "--weights", tmp_path / "notes.pt")
+    torch.save(dict(config=dict(model="cdm", dataset="digits", width=12), ema={}), tmp_path / "e.pt")
+    refused("e.pt holds no weights", "--weights", tmp_path / "e.pt")
+    refused("cdm.pt holds no weights.*is of", "--weights", HERE / "assets/mnist_cdm.pt")
+    monkeypatch.setattr(mnist, "W_CE", math.inf)
+    refused("diverged at step 1: ")
+    assert not (tmp_path / "model.pt").exists()
 
 
-BAD_FLAGS = [
-    (toy_2d, "--datasets moons", "invalid choice: 'moons'"), (toy_2d, "--steps 0", "1 or more"),
-    (toy_2d, "--chasm --methods CDM", "not with --chasm"),
-    (toy_2d, f"--out {__file__}", "written to: File exists"),
-    (mnist, "--steps two", "whole number"), (mnist, "--steps 0", "at least 1"),
-    (mnist, "--width 12", "multiple of 8"),
-    (mnist, "--weights x.pt --steps 3", "does not train"), (mnist, "--benchmark", "--beside"),
-    pytest.param(mnist, "--device cuda", "sees none", marks=pytest.mark.skipif(
-        torch.cuda.is_available(), reason="there is a GPU"))]
-
-
-@pytest.mark.parametrize("script, flags, message", BAD_FLAGS)
+@pytest.mark.parametrize("script, flags, message", [
+    (toy_2d, ["--datasets", "moons"], "invalid choice: 'moons'"), (toy_2d, ["--steps", "0"], "1 or more"),
+    (toy_2d, ["--chasm", "--methods", "CDM"], "not with --chasm"),
+    (toy_2d, ["--out", __file__], "cannot be made: File exists"),
+    (mnist, ["--steps", "two"], "invalid int"), (mnist, ["--width", "10"], "multiple of 4"),
+    (mnist, ["--data", "nowhere at all"], "MNIST cannot be read")])
 def test_flags_that_mean_nothing_end_in_one_sentence(script, flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
     monkeypatch.setattr(toy_2d, "in_parallel", None)                       # train nothing
+    monkeypatch.setattr(mnist, "URL", "file:///nowhere/")
     with pytest.raises(SystemExit) as stop:
         script.main()
     assert message in f"{stop.value}{capsys.readouterr().err}"
@@ -798,30 +770,21 @@ def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
     assert abs(mnist.frechet(a, a)) < 1e-9
 
 
-def test_the_verdict_follows_log_z_and_its_error_and_nothing_that_is_not_a_number():
-    assert mnist.verdict(0.009, 0.002).startswith("Certified: ")
-    assert mnist.verdict(0.02, 0.002).endswith("0.020 bits/dim too low.")
-    assert mnist.verdict(-0.02, 0.002).endswith("0.020 bits/dim too high.")
-    assert mnist.verdict(0.0, 0.004).startswith("Not certified")
-    with pytest.raises(SystemExit, match="1 of 3 results are not finite"):
-        mnist.batches(lambda k: 1 / k, torch.tensor([1.0, 0.0, 2.0]))
-
-
 def test_the_committed_weights_know_digits():
+    model = mnist.load(HERE / "assets/mnist_cdm.pt")
     black = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-    model = mnist.load_model(HERE / "assets/mnist_cdm.pt", black)
-    assert bits_per_dim(model, black).item() < 0.3 < bits_per_dim(model, 255 - black).item()
     data = Path(os.environ.get("MNIST", HERE / "data/mnist"))
-    if not data.exists():
-        pytest.skip("no MNIST files in data/mnist")
-    digits = mnist.load_data("mnist", data)[2][0][:100]
-    bits, inverted = bits_per_dim(model, digits), bits_per_dim(model, 255 - digits)
-    assert 0.9 < bits.mean() < 1.15 and bits.max() < inverted.min()
+    digits = mnist.load_data("mnist", data)[2][0][:100] if data.exists() else black
+    def bits(images):
+        x1 = model.add_noise(mnist.to_x0(images), 1, torch.randn(images.shape))
+        return bits_per_dim(model.log_prob(x1, 1), model.schedule.sigma[1], 784)
+    assert bits(black) < 0.3 < bits(255 - black)
+    assert bits(digits).mean() < 1.15 and bits(digits).max() < bits(255 - digits).min()
 
 
 def test_a_download_is_kept_if_it_is_whole_and_read_from_disk_ever_after(monkeypatch, tmp_path):
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(range(24))
-    packed, data = gzip.compress(idx), tmp_path / "data"
+    packed, data = gzip.compress(idx), tmp_path / "my data"
     (tmp_path / "f.gz").write_bytes(packed)
     monkeypatch.setattr(mnist, "URL", f"{tmp_path.as_uri()}/")
     with pytest.raises(RuntimeError, match="hash"):
@@ -831,13 +794,18 @@ def test_a_download_is_kept_if_it_is_whole_and_read_from_disk_ever_after(monkeyp
         images = mnist.read_or_download(data, "f.gz", hashlib.sha256(packed).hexdigest()[:16])
         assert images.shape == (2, 3, 4) and images.sum() == 276
         (tmp_path / "f.gz").unlink(missing_ok=True)
-    with pytest.raises(SystemExit, match="(?s)cannot be read.*t10k-l.*--dataset digits"):
-        mnist.load_data("mnist", tmp_path / "none")
 
 
-# ----------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------ README and consoles
 
-README = (HERE / "README.md").read_text()
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def test_the_programs_print_ascii_so_that_any_console_can_show_it():
+    for name in ("cdm.py", "toy_2d.py", "mnist.py"):
+        assert (HERE / name).read_bytes().isascii(), name
+    subprocess.run([sys.executable, HERE / "mnist.py", "-h"], check=True, capture_output=True,
+                   env=os.environ | {"PYTHONIOENCODING": "cp1251"})
 
 
 def test_the_readme_names_files_and_flags_that_there_are():
@@ -846,22 +814,19 @@ def test_the_readme_names_files_and_flags_that_there_are():
     for name in (n for n in names if not n.startswith(("runs/", "http"))):
         assert (HERE / name).exists(), name
     for script in ("toy_2d", "mnist"):
-        known = set(re.findall(r'add\("(--\w+)"', (HERE / f"{script}.py").read_text()))
+        known = set(re.findall(r'add\("(--\w+)"', (HERE / f"{script}.py").read_text("utf-8")))
         commands = re.findall(rf"python {script}\.py([^`#|\n]*)", README)
         used = {flag for command in commands for flag in re.findall(r"--[a-zA-Z][\w-]*", command)}
-        assert len(used) >= 2 and used <= known, used - known
+        assert used and used - known <= {"--steps", "--batch", "--width"}, used - known
 
 
-def test_the_code_in_the_readme_is_the_code_of_cdm_and_gives_what_is_written_there(capsys):
+def test_the_code_in_the_readme_runs_or_is_that_of_cdm(capsys):
     code = lambda line: re.sub(r"\s{2,}#.*", "", line.strip())
-    lines = {code(line) for line in (HERE / "cdm.py").read_text().splitlines()}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
-    for block in blocks:
+    lines = {code(line) for line in (HERE / "cdm.py").read_text("utf-8").splitlines()}
+    for block in re.findall(r"```python\n(.*?)```", README, re.S):
         if "import torch" in block:
             exec(block, {})
-            said, told = capsys.readouterr().out.splitlines(), re.findall(r"# (tensor.*)", block)
-            assert len(said) == 2
-            assert all(text.startswith(found) for text, found in zip(told, said))
+            found = float(re.search(r"-?[\d.]+", capsys.readouterr().out)[0])
+            assert abs(found - float(re.search(r"print.*# (-?[\d.]+)", block)[1])) < 0.05
         else:
-            assert all(code(line) in lines for line in block.splitlines())
+            assert all(code(line) in lines for line in block.splitlines()), block

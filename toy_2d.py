@@ -4,14 +4,18 @@
     python toy_2d.py --seeds 3      the same with mean and spread over three trainings
     python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, four minutes
 
-Times are of two CPU cores; results go to runs/toy_2d. Each method is a short function over one
-network and one budget of samples: NCE, TRE, a noise-level classifier (CE), its gradient alone
-(MSE), the time score, CDM, and a denoising diffusion model (DDM). The method itself is in cdm.py.
+Times are of two CPU cores; results go to runs/toy_2d. Each method is a short function of the same
+network and the same number of samples: noise-contrastive estimation (NCE), telescoping ratios
+(TRE), a noise-level classifier with one of a CDM's two losses (CE, MSE) or both (CDM), the time
+score, and a denoising diffusion model (DDM). The method itself is in cdm.py.
 """
 
 import argparse
 import concurrent.futures
 import math
+import multiprocessing
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,7 +28,7 @@ import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_swiss_roll
 from torch import nn
 
-from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, stratified_levels,
+from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, stratified,
                  uniform_schedule)
 
 SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # neighbours are 0.4 apart: they overlap
@@ -34,12 +38,11 @@ HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25
 
 
 class Oracle:
-    """A density known exactly at every level, with the model's interface (float64): the exact
-    model is CDM(oracle.logits, SCHEDULE).
+    """A density known exactly at every level (float64): CDM(oracle.logits, SCHEDULE) is exact.
 
-    A mixture of equal bumps: squares of half-width `half`, blurred by Gaussian noise `std`.
-    half = 0 gives Gaussians, std = 0 a checkerboard. Noising scales the centres and the squares by
-    alpha_t and adds sigma_t^2 to the variance, so every level is again such a mixture."""
+    It is a mixture of equal bumps, squares of half-width `half` blurred by Gaussian noise `std`:
+    Gaussians if half = 0, a checkerboard if std = 0. Noise scales centres and squares by alpha_t
+    and adds sigma_t^2 to the variance, so that every level is such a mixture again."""
 
     def __init__(self, centres, std=0.0, half=0.0, weights=None, schedule=SCHEDULE):
         self.centres, self.std, self.half, self.schedule = centres.double(), std, half, schedule
@@ -133,12 +136,10 @@ class MLP(nn.Module):
 
 
 class Method(NamedTuple):
-    """What a method is: a network to train, its loss(x0), log_prob(x) in nats, and how many passes
-    (forward or backward) through the network one log_prob takes."""
+    """What a method is: a network to train, its loss(x0), and log_prob(x) in nats."""
     net: nn.Module
     loss: Callable
     log_prob: Callable
-    passes: int
 
 
 def nce(make, schedule):
@@ -148,7 +149,7 @@ def nce(make, schedule):
     def loss(x0):
         return F.softplus(-net(x0)).mean() + F.softplus(net(torch.randn_like(x0))).mean()
 
-    return Method(net, loss, lambda x: net(x)[:, 0] + log_normal(x), 1)
+    return Method(net, loss, lambda x: net(x)[:, 0] + log_normal(x))
 
 
 def tre(make, schedule, bridges=9):
@@ -158,19 +159,24 @@ def tre(make, schedule, bridges=9):
     net = make(bridges)                                            # h_k(x) = log p_k / p_{k+1}
 
     def loss(x0):
-        k, eps = stratified_levels(len(x0), 0, bridges - 1)[:, None], torch.randn_like(x0)
+        k, eps = stratified(len(x0), bridges)[:, None], torch.randn_like(x0)
         near, far = (net(alpha[i] * x0 + sigma[i] * eps).gather(1, k) for i in (k, k + 1))
         return F.softplus(-near).mean() + F.softplus(far).mean()
 
-    return Method(net, loss, lambda x: net(x).sum(1) + log_normal(x), 1)
+    return Method(net, loss, lambda x: net(x).sum(1) + log_normal(x))
 
 
 def classifier(w_ce, w_mse, t=0):
-    """One classifier of all levels (Yair, Michaeli 2022 with CE alone; CDM with both losses)."""
+    """One classifier of all levels: with CE alone by Yair, Michaeli 2022; with both losses a CDM."""
     def method(make, schedule):
         model = CDM(make(len(schedule.alpha)), schedule)
-        return Method(model, lambda x0: model.loss(x0, w_ce=w_ce, w_mse=w_mse).total,
-                      lambda x: model.log_prob(x, t), 1)
+
+        def loss(x0):
+            ce, mse = model.losses(x0, w_mse)
+            return w_ce * ce + mse
+
+        return Method(model, loss, lambda x: model.log_prob(x, t))
+
     return method
 
 
@@ -192,21 +198,23 @@ def time_score(make, schedule, points=40):
         s = sum(net(x, time.expand(len(x)))[:, 0] for time in times) / points
         return log_normal(x) - math.pi / 2 * s
 
-    return Method(net, loss, log_prob, points)
+    return Method(net, loss, log_prob)
 
 
 def ddm(make, schedule):
     """A denoising diffusion model (Ho et al. 2020): log p by the probability-flow ODE."""
     net, T = make(2, timed=True), len(schedule.alpha) - 2
     model = DDM(lambda xt, t: net(xt, t / T), schedule)
-    return Method(net, lambda x0: model.loss(x0).total, lambda x: ode_log_prob(model, x, t=1),
-                  2 * (T - 1) * 3)             # Heun: two slopes a step, each 1 forward, 2 backward
+    return Method(net, lambda x0: model.losses(x0)[1], lambda x: ode_log_prob(model, x))
 
 
-# MSE teaches nothing at level 0 and the ODE ends at level 1: their log p_1 stands in for log p_0
-# (sigma_1 = 0.0067 is little beside the densities' 0.1). For the weights see CDM.loss_at
+# The denoising error at little noise is what makes a density sharp, so it counts more there.
+W_MSE = 1 / (SCHEDULE.sigma ** 2 + 0.05)
+W_MSE = (W_MSE / W_MSE.mean()).float()
+# MSE teaches nothing at level 0, and the ODE ends at level 1. So for these two log p_1 stands in
+# for log p_0: sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
 METHODS = {"NCE": nce, "TRE": tre, "CE": classifier(1.0, 0.0), "MSE": classifier(0.0, 1.0, t=1),
-           "time-score": time_score, "CDM": classifier(1.0, 1.0), "DDM-ODE": ddm}
+           "time-score": time_score, "CDM": classifier(1.0, W_MSE), "DDM-ODE": ddm}
 
 
 def train(method, draw, steps, lr=5e-3):
@@ -236,12 +244,12 @@ def log_integral(log_q):
 
 @torch.no_grad()
 def evaluate(log_prob, oracle):
-    """How far is a density from the truth? By quadrature on the grid, all in nats:
+    """How far is a density q from the truth p? All in nats, by sums over the grid.
 
-    KL_raw = E_data[log p - log q] takes q as the model states it, log Z = log of the integral of q.
-    A q that is not normalised can have KL_raw < 0; KL = KL_raw + log Z >= 0 is the honest number.
-    heavy_mode: the share of q at x < 0, where the heavy one of two_modes is. Returns these, and
-    log p and log q on the grid. ValueError if over 1 % of p lies off it: no number would hold."""
+    KL_raw = E_data[log p - log q] takes q as the model states it. If its integral Z is not 1, that
+    may even be negative; KL = KL_raw + log Z is the honest number. heavy_mode is the share of q at
+    x < 0, where two_modes has 0.9. Returns these, and log p and log q on the grid. ValueError if
+    more than 1 % of p lies outside of the grid."""
     points = grid()
     log_q = torch.cat([log_prob(x.float()) for x in points.split(1600)]).double()
     log_p = torch.cat([oracle.log_prob(x) for x in points.split(3000)])
@@ -252,17 +260,6 @@ def evaluate(log_prob, oracle):
     kl_raw = torch.where(p > 0, p * (log_p - log_q), 0).sum().item()
     log_z, heavy_mode = log_integral(log_q), log_q.softmax(0)[points[:, 0] < 0].sum().item()
     return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode), log_p, log_q
-
-
-@torch.no_grad()
-def metropolis(log_prob, x, steps=20, std=0.1):
-    """Samples x after Metropolis steps under their own model's density: with it in hand, the one in
-    a hundred that a sampler left between the modes finds back. A DDM alone could not tell them."""
-    for _ in range(steps):
-        new = x + std * torch.randn_like(x)
-        accepted = torch.rand(len(x)).log() < log_prob(new) - log_prob(x)
-        x = torch.where(accepted[:, None], new, x)
-    return x
 
 
 def run(dataset, name, steps, seed):
@@ -277,10 +274,8 @@ def run(dataset, name, steps, seed):
     row, log_p, log_q = evaluate(method.log_prob, oracle)
     pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
     if name == "CDM":
-        x = sample(method.net, torch.randn(2000, 2), 40, "ddpm")
-        pictures["CDM samples"] = metropolis(method.log_prob, x).numpy()
-    return dict(dataset=dataset, method=name, seed=seed, **row, passes=method.passes,
-                seconds=seconds), pictures
+        pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), None, "ddpm").numpy()
+    return dict(dataset=dataset, method=name, seed=seed, **row, seconds=seconds), pictures
 
 
 # ------------------------------------------------------------------------------ the density chasm
@@ -315,9 +310,9 @@ class CorrelatedPairs:
 
 
 def chasm_run(d, name, steps, seed):
-    """One training on correlated pairs, of a plain MLP; then on 5000 fresh clean samples, in nats:
-    the mean log-ratio to N(0, I) that was estimated, the root mean square error of a point's, and
-    of a classifier, exact and learned, the mean of log p_t(x) / p_0(x) at every level t: (T+2,)."""
+    """One training of a plain MLP on correlated pairs. Then on 5000 new samples, in nats: the mean
+    of the estimated log-ratio to N(0, I), the root mean square error of one log-ratio, and for the
+    exact and a learned classifier the mean of log p_t(x) / p_0(x) at every level t, (T+2,)."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     oracle, start = CorrelatedPairs(d), time.time()
@@ -338,40 +333,53 @@ def chasm_run(d, name, steps, seed):
 
 
 def in_parallel(jobs):
-    """(row, pictures) of every job (function, *arguments), in order, by a process per core."""
-    start = time.time()
-    with concurrent.futures.ProcessPoolExecutor() as pool:
+    """The results of all jobs (function, *arguments), in order, by a process for each core. If one
+    of them fails, or at Ctrl-C, the others are ended too."""
+    start, cores = time.time(), os.cpu_count()
+    print(f"{len(jobs)} trainings by {cores} processes", flush=True)
+    ignore_interrupts = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with concurrent.futures.ProcessPoolExecutor(cores, **ignore_interrupts) as pool:
         futures = [pool.submit(*job) for job in jobs]
-        for i, future in enumerate(futures):
-            future.result()
-            print(f"{i + 1:4}/{len(jobs)} {time.time() - start:5.0f} s ", *jobs[i][1:], flush=True)
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                future.result()
+                passed = time.time() - start
+                print(f"{done:4} of {len(jobs)}, {passed / done * (len(jobs) - done):4.0f} s left:",
+                      *jobs[futures.index(future)][1:], flush=True)
+        except BaseException as error:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            sys.exit(f"stopped by {type(error).__name__} {error}")
     return [future.result() for future in futures]
 
 
 def table(path, rows, lines):
     """Save rows as CSV; print a Markdown table of lines (title, key, digits, rows), a column for
-    each method: the mean of row[key] ± its standard deviation over trainings."""
+    each method: the mean of row[key] and, over trainings that differ by seed alone, its standard
+    deviation."""
     np.savetxt(path, [[str(v) for v in row.values()] for row in rows], fmt="%s", delimiter=",",
-               header=",".join(rows[0]), comments="")
+               header=",".join(rows[0]), comments="", encoding="utf-8")
     cells = [["", *dict.fromkeys(row["method"] for row in rows)]]
     for title, key, digits, chosen in lines:
         cells.append([title])
         for method in cells[0][1:]:
-            values = np.array([row[key] for row in chosen if row["method"] == method])
+            mine = [row for row in chosen if row["method"] == method]
+            values = np.array([row[key] for row in mine])
             if not np.isfinite(values).all():
                 sys.exit(f"{title}, {method}: {values} is not finite; all numbers are in {path}")
-            spread = f" ± {values.std(ddof=1):.{digits}f}" if np.ptp(values) else ""
+            alike = len(mine) == len({row["seed"] for row in mine}) > 1
+            spread = f" +- {values.std(ddof=1):.{digits}f}" if alike else ""
             cells[-1].append(f"{values.mean():.{digits}f}{spread}")
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     for line in cells:
         print("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |")
-    print("In brackets the truth; ± is the standard deviation over trainings.")
+    print("In brackets the truth; +- is the standard deviation over trainings.")
 
 
 def show(ax, picture, truth, title):
-    """Draw samples (n, 2), or the square root of a density (else faint modes would not be seen),
-    normalised on the grid, on the truth's colours; log Z is written in where over 10 % are off."""
+    """Draw samples (n, 2), or the square root of a density, so that faint modes are seen. It is
+    normalised first; if that changes it by more than 10 %, log Z is written into the picture."""
     ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
     ax.set_title(title, fontsize=10)
     if picture.ndim == 2:
@@ -386,7 +394,7 @@ def show(ax, picture, truth, title):
 
 
 def density_figure(pictures, path):
-    """A row for each dataset: the truth, what each method learned, samples drawn with the CDM."""
+    """A row for each dataset: the truth, what methods learned, samples drawn with the CDM."""
     columns = len(next(iter(pictures.values())))
     fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
                              figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
@@ -419,8 +427,8 @@ def hero_figure(rows, pictures, path):
 
 
 def posterior_figure(curves, path):
-    """What classifiers make of clean points, level by level. Near level 0 all are right; where data
-    and noise are far apart, cross-entropy stops learning, and there log p(x) is read off."""
+    """What classifiers make of clean points, level by level: where clean points are never taken for
+    noisy ones, cross-entropy does not learn, but log p(x) compares the first level to the last."""
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for ax, d in zip(axes, (DIMENSIONS[0], DIMENSIONS[-1])):
         for name in ("CDM", "CE"):                                  # colours as in the hero figure
@@ -446,11 +454,11 @@ def toy(args):
                   (f"{dataset}: log Z, nats", "log_Z", 3, mine)]
         if dataset == "two_modes":
             lines.append(("two_modes: heavy weight (0.9)", "heavy_mode", 3, mine))
-    lines += [("passes per log p", "passes", 0, rows), ("training, seconds", "seconds", 1, rows)]
-    table(args.out / "toy_2d.csv", rows, lines)
+    table(args.out / "toy_2d.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
     pictures = {dataset: {} for dataset in args.datasets}
     for row, picture in results:
-        pictures[row["dataset"]] |= picture if row["seed"] == 0 else {}
+        if row["seed"] == 0 and row["method"] not in ("TRE", "time-score"):   # seven columns fit
+            pictures[row["dataset"]] |= picture
     density_figure(pictures, args.out / "toy_2d.png")
 
 
@@ -482,15 +490,17 @@ def main():
     args = p.parse_args()
     if args.chasm and (args.datasets or args.methods):
         p.error("--datasets and --methods choose from the plane: not with --chasm")
-    args.datasets, args.methods = args.datasets or DATASETS, args.methods or METHODS
+    args.datasets = list(dict.fromkeys(args.datasets or DATASETS))              # each once
+    args.methods = list(dict.fromkeys(args.methods or METHODS))
     args.seeds = (3 if args.chasm else 1) if args.seeds is None else args.seeds
     if args.steps < 1 or args.seeds < 1:
         p.error("--steps and --seeds must be 1 or more")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "a test").touch(), (args.out / "a test").unlink()
     except OSError as error:
-        sys.exit(f"--out {args.out} cannot be written to: {error.strerror}")
+        sys.exit(f"--out {args.out} cannot be made: {error.strerror}")
+    if not os.access(args.out, os.W_OK):
+        sys.exit(f"--out {args.out} cannot be written to")
     start = time.time()
     (chasm if args.chasm else toy)(args)
     print(f"{time.time() - start:.0f} s in all; numbers and figures in {args.out}")
