@@ -2,7 +2,7 @@
 
 Read it from top to bottom beside the paper: Yadin, Elata, Michaeli, "Classification Diffusion
 Models: Revitalizing Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an
-unknown amount of noise and classifies how noisy it is. It learns nothing else, and yet its logits
+unknown amount of noise and classifies how noisy it is. That is all it outputs, and yet its logits
 l_t(x) contain a diffusion model and a likelihood, which are exact if the classifier is:
 
     noise         x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
@@ -10,7 +10,8 @@ l_t(x) contain a diffusion model and a likelihood, which are exact if the classi
     theorem 3.2   log p_t(x) = l_t(x) - l_{T+1}(x) + log N(x; 0, I)
     theorem 3.1   E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
-Both are Bayes' rule: a difference of logits is log p_t / p_{T+1}, and p_{T+1} = N(0, I) is known.
+The first is Bayes' rule: a difference of logits is the log of a ratio of densities, of which one,
+p_{T+1} = N(0, I), is known. The second is its gradient, by Tweedie's formula.
 
     x0, xt           a clean sample, and its noisy version at level t: (B, ...), a batch of B rows
     d                how many numbers one sample has
@@ -20,7 +21,8 @@ Both are Bayes' rule: a difference of logits is log p_t / p_{T+1}, and p_{T+1} =
     eps, eps_hat     the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
 
 Level 0 has no noise to remove. It is there because p_0 is the density of the data: the one that we
-want, and where a sampler ends. Likelihoods are in nats unless they are called bits.
+want, and where a sampler ends. Log-likelihoods are in nats, except for bits_per_dim. The audits at
+the end may be skipped at first.
 """
 
 import copy
@@ -66,14 +68,14 @@ def ot_schedule(T=1000):
 
 
 def log_snr_schedule(T=256, first=14.0, last=-8.0):
-    """The log-SNR falls linearly, from `first` at t = 1 to `last` at t = T. No neighbours are far
-    apart then: a classifier that is never in doubt between two levels learns nothing from them."""
+    """The log-SNR falls linearly, from `first` at t = 1 to `last` at t = T: a step between any two
+    neighbours is equally large, so that none is too large for a classifier to learn from."""
     log_snr = with_ends(math.inf, torch.linspace(first, last, T, dtype=torch.float64), -math.inf)
     return Schedule(torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr)))
 
 
 def stratified(B, n, device=None):
-    """B integers (B,), each uniform in 0 .. n-1, but evenly spread as a set: less variance."""
+    """B integers (B,), each uniform in 0 .. n-1, together evenly spread: less variance."""
     share = (torch.randperm(B, device=device) + torch.rand((), device=device)) / B    # in 0 .. 1
     return (share * n).long().clamp(max=n - 1)              # rounding may have given share = 1
 
@@ -132,9 +134,9 @@ class Diffusion(torch.nn.Module):
 
     def scales(self, t, x):
         """alpha_t and sigma_t of each row, shaped (B, 1, ..) so that they multiply x."""
-        t, shape = self.level(t, x), (-1, *[1] * (x.dim() - 1))
+        t, ones = self.level(t, x), (1,) * (x.dim() - 1)
         tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
-        return [v.to(x).index_select(0, t).view(shape) for v in tables]
+        return [v.to(x).index_select(0, t).view(-1, *ones) for v in tables]
 
     def mse(self, eps_hat, eps, t, weight):
         """The mean squared error of eps_hat. weight: a number, or one for each level (T+2,)."""
@@ -156,10 +158,10 @@ class CDM(Diffusion):
     window = None          # how many neighbouring levels the cross-entropy compares; None: all T+2
 
     def log_ratio(self, x, levels):
-        """log p_t(x) / p_{T+1}(x) in nats at the levels t asked for, (B, n) -> (B, n).
+        """log [p_t(x) / p_{T+1}(x)] in nats at the levels t asked for, (B, n) -> (B, n).
 
         As all levels are equally likely, softmax(logits)_t is p_t(x) times a factor common to all t
-        (Bayes). In a difference it cancels. So a class of known density is needed, and is T+1."""
+        (Bayes), which cancels in a difference. To get p_t, one density must be known: p_{T+1}."""
         logits = self.net(x)
         if logits.shape != (len(x), self.T + 2):
             raise ValueError(f"net must give {self.T + 2} logits a row, got {tuple(logits.shape)}")
@@ -190,6 +192,7 @@ class CDM(Diffusion):
             return ratio.gather(1, which).sum(), ratio
 
         # No row's ratio depends on another row, so the gradient of their sum holds that of each.
+        # Both results can be differentiated once more, with respect to the weights: for training.
         gradient, ratio = torch.func.grad(ratio_at_t, has_aux=True)(xt)
         _, sigma = self.scales(levels.gather(1, which)[:, 0], xt)
         return ratio, sigma * (xt - gradient)
@@ -198,12 +201,14 @@ class CDM(Diffusion):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
 
-        Cross-entropy does not teach gradients where levels are never confused. The error does, but
-        not the constants: one added to a level's logit changes no gradient. And at t = 0 and T+1,
-        where eps_hat is fixed, it teaches nothing. A window of K neighbouring levels is drawn, then
-        the true one in it, all alike; so p(level | x, window) is the softmax of its K logits."""
+        Cross-entropy learns nothing from levels that it never confuses. The error teaches gradients
+        there too, but not the constants: one added to a level's logit changes no gradient. At t = 0
+        and T+1, where eps_hat is fixed, it teaches nothing. A window of K neighbouring levels is
+        drawn uniformly, then the true one within it; so p(t | x, window) is a softmax of K logits.
+        Overlapping windows connect all levels with T+1."""
         K = self.window or self.T + 2
-        pick = stratified(len(x0), (self.T + 3 - K) * K, x0.device)     # a window and a place in it
+        windows = self.T + 3 - K
+        pick = stratified(len(x0), windows * K, x0.device)              # a window and a place in it
         first, which = pick // K, pick % K
         levels = first[:, None] + torch.arange(K, device=x0.device)                       # (B, K)
         t, eps = self.level(first + which, x0), torch.randn_like(x0)
@@ -244,13 +249,15 @@ def sample(model, x, steps=None, method="ddim"):
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, of second order, for few steps (Lu et al. 2022). x is taken for a sample
     of level T, so alpha_T should be nearly 0: in uniform_schedule(50) it is 0.2, and DDIM's mean
-    comes out 4 % too small. ValueError for another method or number of steps."""
+    is 4 % too small for data N(m, 0.2^2). ValueError for another method or number of steps.
+
+    no_grad is about the weights: the gradient in x that a CDM needs is taken all the same."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
     levels = [model.T - i * model.T // int(steps) for i in range(steps + 1)]             # T .. 0
-    last_x0_hat, last_h = None, None
+    last_x0_hat, last_h = None, None                     # h: size of a step in log(alpha / sigma)
     for t, s in pairwise(levels):                                       # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
@@ -287,8 +294,8 @@ def given(model, y, guidance=0.0):
     Labels that were given before are replaced."""
     if not torch.is_tensor(y) or y.dtype != torch.long or y.dim() != 1:
         raise ValueError(f"labels must be a long tensor (B,), got {y!r}")
-    labelled = copy.copy(model)                              # all that it has is the model's,
-    labelled._modules = dict(model._modules)                 # but its attribute `net`
+    labelled = copy.copy(model)                              # shares everything with the model,
+    labelled._modules = dict(model._modules)                 # except `net`, which is replaced
     net = model.net.net if isinstance(model.net, Given) else model.net
     labelled.net = Given(net, y, guidance)
     return labelled
@@ -299,8 +306,8 @@ def given(model, y, guidance=0.0):
 
 @torch.no_grad()
 def elbo(model, x0):
-    """A lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for any model, by one denoiser call at
-    each of T levels. The constants of a classifier play no part in it, nor do their errors.
+    """A lower bound on E[log p_1(x_1) | x_0] in nats, (B,), where p_1 is what the DDPM sampler of
+    any model draws, by one denoiser call at each of T levels. It uses no constants of a classifier.
 
     bound = E[log N(x_T; 0, I) | x_0] + d log(sigma_T / sigma_1)
             - 1/2 integral of ||eps - eps_hat||^2 over the log-SNR            (Kingma et al. 2021)
@@ -321,8 +328,8 @@ def elbo(model, x0):
 
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
-    """log p_t(x) in nats, (B,), of the deterministic sampler of any model: by the probability-flow
-    ODE (Song et al. 2021) from level t, 1 .. T-1, to level T. ValueError for another t.
+    """log p_t(x) in nats, (B,), where p_t is what the deterministic sampler of any model draws: by
+    the probability-flow ODE (Song et al. 2021) from level t, 1 .. T-1, to T. Other t: ValueError.
 
     In y = x / alpha and tau = sigma / alpha the ODE is dy/dtau = eps_hat, and log p(y) falls by the
     divergence of eps_hat. probes = 0 computes that exactly, by d backward passes; probes = n
@@ -336,11 +343,11 @@ def ode_log_prob(model, x, t=1, probes=0):
 
     def slopes(y, t):
         """dy/dtau, and what log p(y) loses per log(tau): tau times the divergence."""
-        eps_hat, pull = torch.func.vjp(lambda x: model.predict_noise(x, t), alpha[t] * y)
+        eps_hat, pull = torch.func.vjp(lambda xt: model.predict_noise(xt, t), alpha[t] * y)
         trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)   # v^T Jacobian v
         return eps_hat, sigma[t] * trace / max(1, probes)
 
-    y, lost = x / alpha[t], 0
+    y, lost = x / alpha[t], 0                            # what is lost on the way, x had more
     for s in range(t, T):                                                         # Heun's method
         tau, next_tau = sigma[s] / alpha[s], sigma[s + 1] / alpha[s + 1]
         dy, dlog_p = slopes(y, s)
@@ -353,13 +360,14 @@ def ode_log_prob(model, x, t=1, probes=0):
 @torch.no_grad()
 def annealed_log_z(model, x1):
     """Two floats, in nats, between which log Z lies, up to their sampling error: Z is what a CDM's
-    p_1 integrates to, which should be 1. More levels bring the two closer together.
+    exp(log_prob(x, 1)) integrates to; it should be 1. With more levels they are closer together.
 
-    Annealed importance sampling (Neal 2001): q is the noising step, r the DDPM step back. A path
-    has the weight w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) divided by N(x_T; 0, I) r(x_{T-1}|x_T)
-    .. r(x_1|x_2). Over paths drawn downward, from noise by r, E[w] = Z, so E[log w] <= log Z. Over
-    paths drawn upward by q from x1 (B, ...), data at level 1 that follow p_1 / Z, E[1/w] = 1/Z, so
-    E[log w] >= log Z (both by Jensen's inequality)."""
+    Annealed importance sampling (Neal 2001), with diffusion steps: q is the noising step, r the
+    DDPM step back. The weight of a path x_1 .. x_T is the ratio
+        w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
+    Over paths drawn downward, from noise by r, E[w] = Z, so E[log w] <= log Z (Jensen). Over paths
+    drawn upward by q from x1 (B, ...), level 1 of the data, E[1/w] = 1/Z and so E[log w] >= log Z,
+    if the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
     sigma = model.schedule.sigma.tolist()
 
     def log_density(x, mean, std):
@@ -367,16 +375,16 @@ def annealed_log_z(model, x1):
 
     def log_w(x, down):
         """log w of paths (B,), drawn downward from noise x or upward from data x."""
-        log_w = -log_normal(x) if down else model.log_prob(x, 1)
+        total = -log_normal(x) if down else model.log_prob(x, 1)
         for s in sorted(range(1, model.T), reverse=down):
             t = s + 1
             alpha_ts, std_ts, std = noising_step(model.schedule, s, t)
             xt = x if down else alpha_ts * x + std_ts * torch.randn_like(x)
             mean = (xt - std_ts ** 2 / sigma[t] * model.predict_noise(xt, t)) / alpha_ts
             xs = mean + std * torch.randn_like(x) if down else x
-            log_w = log_w + log_density(xt, alpha_ts * xs, std_ts) - log_density(xs, mean, std)
+            total = total + log_density(xt, alpha_ts * xs, std_ts) - log_density(xs, mean, std)
             x = xs if down else xt
-        return log_w + model.log_prob(x, 1) if down else log_w - log_normal(x)
+        return total + model.log_prob(x, 1) if down else total - log_normal(x)
 
     below, above = log_w(torch.randn_like(x1), down=True), log_w(x1, down=False)
     return below.mean().item(), above.mean().item()
@@ -385,10 +393,11 @@ def annealed_log_z(model, x1):
 def bits_per_dim(log_p1, sigma1, d):
     """Upper bound on -log2 P(image) / d for 8-bit images of d pixels, from log p_1 in nats, (B,):
     log_prob(x_1, 1), ode_log_prob(x_1, 1) or elbo(x_0), with x_0 = (2k+1)/256 - 1 for grey value k.
+    It is one if p_1 is normalised; log Z has to be subtracted from a CDM's log_prob otherwise.
 
     Grey values have no density, but x_1 has: its noise blurs them. If sigma_1 is at most an eighth
-    of a grey step, else ValueError, k can be read off x_1 (to 1e-4 bits), and only the entropy of
-    the noise has to be paid back: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]."""
+    of a grey step (else ValueError), k can be read off x_1 to 1e-4 bits, and the noise, which is no
+    part of the image, is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     return -math.log2(sigma1 * math.sqrt(2 * math.pi * math.e)) - log_p1 / (d * math.log(2))

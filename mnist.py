@@ -29,9 +29,9 @@ from torch import nn
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_snr_schedule,
                  ode_log_prob, sample)
 
-# A run is trained with so many channels, images a step, steps, and this peak learning rate. Then
-# so many images are measured by one pass, by the ELBO, and by what is slow (the ODE and log Z, the
-# latter through so many levels), and so many samples are drawn (less than 1000 tell little).
+# width: channels of the network; batch: images a step; lr: the peak learning rate. Then how many
+# images are measured by one_pass, by the elbo, and by what is slow (the ODE, and log Z through
+# fine levels), and how many samples are drawn for the Frechet distance (0: no distance).
 FULL = dict(width=64, batch=256, steps=20000, lr=0.002,
             one_pass=10000, elbo=500, slow=40, fine=2048, samples=1000)
 QUICK = dict(width=32, batch=64, steps=500, lr=0.004,
@@ -87,8 +87,8 @@ STEP = 2 / 256                                  # distance of two grey values
 
 
 class Block(nn.Module):
-    """Two convolutions and a skip connection, (B, C, H, W) -> the same. cond (B, 32) is what the
-    network is told. GroupNorm keeps rows independent; SiLU is curved, as cdm.CDM demands."""
+    """Two convolutions and a skip connection, (B, C, H, W) -> the same. cond (B, 32) is the class
+    and, in a DDM, the level. GroupNorm keeps rows independent; SiLU is curved, as a CDM needs."""
 
     def __init__(self, channels):
         super().__init__()
@@ -149,7 +149,7 @@ class PixelMixture(nn.Module):
     N(alpha c, sigma^2), N(m, v) into N(alpha m, alpha^2 v + sigma^2), so its log-density is a
     formula. But its weights depend on x itself, so nothing forces the result to integrate to 1:
     that is what log Z measures. Untrained, it is the exact classifier of independent pixels with
-    the training images' histograms, 1.77 bits/dim; all from there to 1.1 was learned."""
+    such mixtures as histograms, 1.77 bits/dim; all from there to 1.1 was learned."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -168,14 +168,14 @@ class PixelMixture(nn.Module):
 
     def forward(self, features, x, alpha, sigma):
         x, alpha, sigma = x[:, None], alpha[:, None, None], sigma[:, None, None]      # (B, 1, d)
-        n, g, numbers = len(self.GREYS), self.GAUSSIANS, F.pixel_shuffle(self.read(features), 2)
-        weight, mean, spread = numbers.flatten(2).split([n + g, g, g], 1)             # (B, .., d)
+        n, g, params = len(self.GREYS), self.GAUSSIANS, F.pixel_shuffle(self.read(features), 2)
+        weight, mean, spread = params.flatten(2).split([n + g, g, g], 1)             # (B, .., d)
         variance = alpha ** 2 * (torch.exp(spread - 1.5) + STEP ** 2) + sigma ** 2
         of_greys = -((x - alpha * self.grey) / sigma) ** 2 / 2 - sigma.log()
         of_gaussians = -(x - alpha * (self.mean + mean)) ** 2 / variance / 2 - variance.log() / 2
         log_p = torch.cat([of_greys, of_gaussians + log_lattice(x, alpha, sigma)], 1)
         log_p = torch.logsumexp((weight + self.log_weight).log_softmax(1) + log_p, 1)   # (B, d)
-        return (log_p + x[:, 0] ** 2 / 2).sum(1)
+        return (log_p + x[:, 0] ** 2 / 2).sum(1)     # minus log N(x; 0, 1), without its constant
 
 
 def waves(alpha, sigma):
@@ -187,17 +187,17 @@ def waves(alpha, sigma):
 
 
 class DigitClassifier(nn.Module):
-    """log p_t(x) / p_{T+1}(x) in nats of images x (B, 1, H, W), of classes y (B,) or of any, at the
-    levels asked about: alpha and sigma (B, n) -> (B, n).
+    """log [p_t(x) / p_{T+1}(x)] in nats of images x (B, 1, H, W), of classes y (B,) or of unknown
+    class, at the levels asked about: alpha and sigma (B, n) -> (B, n).
 
         x -> trunk, which is told no level               "what is it, and how noisy?"
           -> last layers, told the level asked about     "suppose that it were of level t"
           -> a mixture of clean grey values, per pixel   "then these greys were behind it"
           -> log-ratio: sum over pixels, plus constant   "and p_t(x) would be so large"
 
-    The paper's network returns the logits of all T+2 levels; this one those asked about. It is not
-    told which of them x is of, so it is a classifier all the same. It knows levels by their noise,
-    not by their number, and so serves any schedule."""
+    The paper's network returns the logits of all T+2 levels; this one only those asked about. It is
+    not told which of them is the true one, so it is a classifier all the same. It knows levels by
+    their noise, not by their number, and so serves any schedule."""
 
     def __init__(self, images, width):
         super().__init__()
@@ -210,7 +210,7 @@ class DigitClassifier(nn.Module):
         nn.init.zeros_(self.constant.weight)
 
     def class_vector(self, x, y):
-        """Classes (B,) as vectors (B, 32); not to be told the class is the class number CLASSES."""
+        """Classes (B,) as vectors (B, 32); number CLASSES stands for an unknown class."""
         return self.label(torch.full((len(x),), CLASSES, device=x.device) if y is None else y)
 
     def ask(self, features, pixels, alpha, sigma):
@@ -226,7 +226,8 @@ class DigitClassifier(nn.Module):
         pixels = x.flatten(1).repeat_interleave(n, 0)
         ratio = self.ask(features, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
         no_signal = waves(torch.zeros_like(alpha), torch.ones_like(sigma))            # level T+1
-        return ratio + 10 * self.constant(waves(alpha, sigma) - no_signal)[..., 0]
+        constant = self.constant(waves(alpha, sigma) - no_signal)[..., 0]      # is 0 at level T+1
+        return ratio + 10 * constant                                           # 10: learns faster
 
 
 class DigitDenoiser(DigitClassifier):
@@ -335,7 +336,7 @@ def last_checkpoint(path, config, resume):
 
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
-    """Train, and return the model with averaged weights. Saves out/model.pt, log.csv, weights.pt."""
+    """Train; return the model with averaged weights. Writes out/model.pt, log.csv, weights.pt."""
     model = build(config, images).to(device)
     average, steps, log = copy.deepcopy(model), config["steps"], ["step,ce,mse,ms_per_step\n"]
     optimiser, first = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99)), 0
@@ -346,7 +347,7 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
             part.load_state_dict(kept[name])
     error = best_linear_mse(images, model.schedule)
     w_mse = (error.mean() / error).float().to(device)         # errors count relative to this one
-    y = torch.zeros(config["batch"], dtype=torch.long, device=device)     # the labels of a step
+    y = torch.zeros(config["batch"], dtype=torch.long, device=device)   # overwritten at each step
     losses = given(model, y).losses
     losses = torch.compile(losses) if compiled else losses
     images, labels, begun = images.to(device), labels.to(device), time.time()
@@ -377,8 +378,8 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
             (out / "log.csv").write_text("".join(log), "utf-8")
             states = {name: part.state_dict() for name, part in parts.items()}
             save(out / "model.pt", config=config, step=step, log=log, **states)
-    half = {name: v.half() for name, v in average.state_dict().items()}          # a small file
-    save(out / "weights.pt", config=config, ema=half)
+    small = {name: v.half() for name, v in average.state_dict().items()}           # 16 bits do
+    save(out / "weights.pt", config=config, ema=small)
     return average.eval()
 
 
@@ -407,20 +408,19 @@ def likelihood(model, images, config):
     one_pass = bits(lambda x: model.log_prob(x, 1), x1)
     value, error = row(f"bits/dim by one forward pass, {len(x1)} images", one_pass)
     bound = bits(lambda x: elbo(model, x), x0[:config["elbo"]])
-    row(f"ELBO less one pass, on {len(bound)} of them", bound - one_pass[:len(bound)])
+    row(f"ELBO minus one pass, on {len(bound)} of them", bound - one_pass[:len(bound)])
     flow = bits(lambda x: ode_log_prob(model, x, probes=1), x1[:slow])
-    row(f"probability-flow ODE less one pass, on {slow} of them", flow - one_pass[:slow])
+    row(f"probability-flow ODE minus one pass, on {slow} of them", flow - one_pass[:slow])
     finer = DigitCDM(model.net, log_snr_schedule(config["fine"], CLEANEST, NOISIEST))
     below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(x1.device), x1[:slow]))
-    log_z, half = (below + above) / 2, abs(above - below) / 2
+    log_z, half = (below + above) / 2, (above - below) / 2         # half < 0 would be an alarm
     print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {log_z:6.3f} +- {half:.3f}\n"
           f"To be quoted is one pass + log Z: {value + log_z:.3f} +- {math.hypot(error, half):.3f} "
           "bits/dim.", flush=True)
 
 
 def make_judge(images, labels, steps=600):
-    """A small classifier of digits, trained on the spot: all of it, and its first part, up to 64
-    features."""
+    """A small classifier of digits, trained on the spot, and its part that gives 64 features."""
     stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU())
               for a, b in ((1, 32), (32, 64), (64, 64))]
     places = math.ceil(images.shape[-1] / 8) ** 2
@@ -449,8 +449,8 @@ def of_each_class(images, labels, n):
 
 
 def quality(models, train_set, test_set, n):
-    """Print how far n samples are from the test digits, beside n real digits. With the label first,
-    labels are drawn and then samples of p(x | y): together, that too is p(x)."""
+    """Print how far n samples are from the test digits, beside n real digits. "Label first": of
+    p(x | y), as many of each class. To draw a label, then the digit, is to sample p(x) too."""
     judge, body = make_judge(*train_set)
     real = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
     y = torch.arange(100, device=real.device).to(train_set[1]) % CLASSES
@@ -582,7 +582,10 @@ def main():
     try:
         torch.manual_seed(args.seed)
         if args.weights:
-            models = {Path(path).stem: load(path, args.device, args.dataset) for path in args.weights}
+            names = [Path(path).stem for path in args.weights]
+            names = names if len(set(names)) == len(names) else args.weights
+            models = {name: load(path, args.device, args.dataset)
+                      for name, path in zip(names, args.weights)}
         else:
             print(f"training a {args.model}: {trained}", flush=True)
             models = {args.model: train(trained, *train_set, args.device, out, args.resume,
@@ -592,9 +595,9 @@ def main():
                 config, out)
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
-    if args.quick:
-        print("This was a short run. What a long one gives is in the README: 1.11 bits/dim, and "
-              "digits of which a classifier is sure.")
+    if args.quick and not args.weights:
+        print("This was a short training. The README shows what a long one gives: on MNIST 1.11 "
+              "bits/dim, and digits that a classifier reads with certainty.")
 
 
 def measure(models, train_set, test_set, config, out):

@@ -4,22 +4,22 @@
     python toy_2d.py --seeds 3      the same with mean and spread over three trainings
     python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, four minutes
 
-Times are of two CPU cores; results go to runs/toy_2d. Each method is a short function of the same
-network and the same number of samples: noise-contrastive estimation (NCE), telescoping ratios
-(TRE), a noise-level classifier with one of a CDM's two losses (CE, MSE) or both (CDM), the time
-score, and a denoising diffusion model (DDM). The method itself is in cdm.py.
-"""
+Times are of two CPU cores; results go to runs/toy_2d. All methods train the same network on the
+same samples: noise-contrastive estimation (NCE), telescoping ratios (TRE), a classifier of noise
+levels with one of a CDM's two losses (CE, MSE) or both (CDM, see cdm.py), the time score, and a
+denoising diffusion model (DDM)."""
 
 import argparse
-import concurrent.futures
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -38,11 +38,10 @@ HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25
 
 
 class Oracle:
-    """A density known exactly at every level (float64): CDM(oracle.logits, SCHEDULE) is exact.
+    """A density that is known at every level (float64): CDM(oracle.logits, SCHEDULE) is exact.
 
-    It is a mixture of equal bumps, squares of half-width `half` blurred by Gaussian noise `std`:
-    Gaussians if half = 0, a checkerboard if std = 0. Noise scales centres and squares by alpha_t
-    and adds sigma_t^2 to the variance, so that every level is such a mixture again."""
+    It is a mixture of squares of half-width `half` (points if 0), blurred by Gaussian noise `std`.
+    Noising scales the squares by alpha_t and blurs them more, so each level is such a mixture."""
 
     def __init__(self, centres, std=0.0, half=0.0, weights=None, schedule=SCHEDULE):
         self.centres, self.std, self.half, self.schedule = centres.double(), std, half, schedule
@@ -58,19 +57,18 @@ class Oracle:
     def log_prob(self, x, t=0):
         """log p_t(x) in nats: (B, 2) -> (B,)."""
         alpha, sigma = float(self.schedule.alpha[t]), float(self.schedule.sigma[t])
-        half, std = alpha * self.half, math.hypot(alpha * self.std, sigma)
+        half, std = alpha * self.half, max(1e-6, math.hypot(alpha * self.std, sigma))
         gap = (x[:, None] - alpha * self.centres).abs()                                  # (B, K, 2)
         if half == 0:
             log_bump = -0.5 * (gap / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))
-        elif std == 0:
-            log_bump = torch.where(gap < half, -math.log(2 * half), -math.inf)
-        else:                                  # a box blurred by a Gaussian: log of Phi(b) - Phi(a)
-            high, low = (torch.special.log_ndtr((edge - gap) / std) for edge in (half, -half))
+        else:                               # a square blurred by a Gaussian: log of Phi(b) - Phi(a)
+            high = torch.special.log_ndtr((half - gap) / std)
+            low = torch.special.log_ndtr((-half - gap) / std)
             log_bump = high + torch.log(-torch.expm1(low - high)) - math.log(2 * half)
         return (log_bump.sum(2) + self.weights.log()).logsumexp(1)
 
     def logits(self, x):
-        """The exact classifier: log p_t(x) of every level, (B, T+2)."""
+        """The logits of the exact classifier are log p_t(x) of every level t, (B, T+2)."""
         return torch.stack([self.log_prob(x, t) for t in range(len(self.schedule.alpha))], 1)
 
 
@@ -108,7 +106,7 @@ def two_modes():
     return Oracle(torch.tensor([(-1.2, 0.0), (1.2, 0.0)]), std=0.15, weights=[0.9, 0.1])
 
 
-# a density of your own: a function that returns an Oracle, its centres about 1 from 0; list it here
+# To add your own, write a function that returns an Oracle, its centres about 1 from 0, and list it.
 DATASETS = {f.__name__: f for f in (eight_gaussians, checkerboard, two_moons, swiss_roll, pinwheel,
                                     two_modes)}
 
@@ -116,16 +114,16 @@ DATASETS = {f.__name__: f for f in (eight_gaussians, checkerboard, two_moons, sw
 
 
 class MLP(nn.Module):
-    """Points (B, d), with a time (B,) in 0 .. 1 where a method needs it -> (B, outputs).
-
-    A plain MLP is too smooth for the plane, so it is shown sines and cosines of its inputs too."""
+    """It maps points (B, d), for some methods with a time (B,) in 0 .. 1, to (B, outputs). It sees
+    sines and cosines of its inputs too, because a plain MLP is too smooth for the plane."""
 
     def __init__(self, inputs, outputs, width=96, layers=4, frequencies=32):
         super().__init__()
         steps = torch.arange(1, frequencies + 1) / max(frequencies, 1)
         self.register_buffer("frequencies", 2 * math.pi * steps)
-        sizes = [inputs + 2 * frequencies * inputs] + [width] * layers
-        hidden = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.SiLU())]
+        hidden = [nn.Linear(inputs + 2 * frequencies * inputs, width), nn.SiLU()]
+        for _ in range(layers - 1):
+            hidden += [nn.Linear(width, width), nn.SiLU()]
         self.net = nn.Sequential(*hidden, nn.Linear(width, outputs))
 
     def forward(self, x, time=None):
@@ -135,11 +133,8 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-class Method(NamedTuple):
-    """What a method is: a network to train, its loss(x0), and log_prob(x) in nats."""
-    net: nn.Module
-    loss: Callable
-    log_prob: Callable
+# A method is a network to train, its loss(x0), a scalar, and its log_prob(x) in nats, (B,).
+Method = namedtuple("Method", "net loss log_prob")
 
 
 def nce(make, schedule):
@@ -160,24 +155,22 @@ def tre(make, schedule, bridges=9):
 
     def loss(x0):
         k, eps = stratified(len(x0), bridges)[:, None], torch.randn_like(x0)
-        near, far = (net(alpha[i] * x0 + sigma[i] * eps).gather(1, k) for i in (k, k + 1))
+        near = net(alpha[k] * x0 + sigma[k] * eps).gather(1, k)
+        far = net(alpha[k + 1] * x0 + sigma[k + 1] * eps).gather(1, k)
         return F.softplus(-near).mean() + F.softplus(far).mean()
 
     return Method(net, loss, lambda x: net(x).sum(1) + log_normal(x))
 
 
-def classifier(w_ce, w_mse, t=0):
-    """One classifier of all levels: with CE alone by Yair, Michaeli 2022; with both losses a CDM."""
-    def method(make, schedule):
-        model = CDM(make(len(schedule.alpha)), schedule)
+def classifier(make, schedule, w_ce, w_mse, t=0):
+    """One classifier of all levels: CE alone is by Yair, Michaeli 2022; a CDM has both losses."""
+    model = CDM(make(len(schedule.alpha)), schedule)
 
-        def loss(x0):
-            ce, mse = model.losses(x0, w_mse)
-            return w_ce * ce + mse
+    def loss(x0):
+        ce, mse = model.losses(x0, w_mse)
+        return w_ce * ce + mse
 
-        return Method(model, loss, lambda x: model.log_prob(x, t))
-
-    return method
+    return Method(model, loss, lambda x: model.log_prob(x, t))
 
 
 def time_score(make, schedule, points=40):
@@ -188,7 +181,8 @@ def time_score(make, schedule, points=40):
 
     def loss(x0):
         time = (torch.arange(len(x0)) + torch.rand(())) / len(x0)
-        alpha, sigma = (f(time * math.pi / 2)[:, None] for f in (torch.cos, torch.sin))
+        angle = time[:, None] * math.pi / 2
+        alpha, sigma = angle.cos(), angle.sin()
         eps = torch.randn_like(x0)
         target = (alpha * (eps ** 2 - 1) - sigma * eps * x0).sum(1)
         return F.mse_loss(sigma[:, 0] * net(alpha * x0 + sigma * eps, time)[:, 0], target)
@@ -213,12 +207,14 @@ W_MSE = 1 / (SCHEDULE.sigma ** 2 + 0.05)
 W_MSE = (W_MSE / W_MSE.mean()).float()
 # MSE teaches nothing at level 0, and the ODE ends at level 1. So for these two log p_1 stands in
 # for log p_0: sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
-METHODS = {"NCE": nce, "TRE": tre, "CE": classifier(1.0, 0.0), "MSE": classifier(0.0, 1.0, t=1),
-           "time-score": time_score, "CDM": classifier(1.0, W_MSE), "DDM-ODE": ddm}
+METHODS = {"NCE": nce, "TRE": tre, "CE": partial(classifier, w_ce=1.0, w_mse=0.0),
+           "MSE": partial(classifier, w_ce=0.0, w_mse=1.0, t=1), "time-score": time_score,
+           "CDM": partial(classifier, w_ce=1.0, w_mse=W_MSE), "DDM-ODE": ddm}
 
 
 def train(method, draw, steps, lr=5e-3):
-    """Adam on method.loss of fresh batches draw(), with a short warm-up and a cosine decay."""
+    """Seconds that Adam takes for `steps` batches draw(), with a warm-up and a cosine decay."""
+    start = time.time()
     optimiser = torch.optim.Adam(method.net.parameters())
     for step in range(1, steps + 1):
         rate = min(20 * step / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -226,9 +222,7 @@ def train(method, draw, steps, lr=5e-3):
         optimiser.zero_grad()
         method.loss(draw()).backward()
         optimiser.step()
-
-
-# ------------------------------------------------------------------------------------ measurement
+    return time.time() - start
 
 
 def grid():
@@ -246,33 +240,33 @@ def log_integral(log_q):
 def evaluate(log_prob, oracle):
     """How far is a density q from the truth p? All in nats, by sums over the grid.
 
-    KL_raw = E_data[log p - log q] takes q as the model states it. If its integral Z is not 1, that
-    may even be negative; KL = KL_raw + log Z is the honest number. heavy_mode is the share of q at
-    x < 0, where two_modes has 0.9. Returns these, and log p and log q on the grid. ValueError if
-    more than 1 % of p lies outside of the grid."""
+    KL_raw = E_data[log p - log q] takes q as the model states it, and may be negative if q does not
+    integrate to Z = 1; KL = KL_raw + log Z is the honest number. heavy_mode is the share of q where
+    two_modes has 0.9. Returns these and log p, log q on the grid. ValueError if p leaves it."""
     points = grid()
     log_q = torch.cat([log_prob(x.float()) for x in points.split(1600)]).double()
     log_p = torch.cat([oracle.log_prob(x) for x in points.split(3000)])
     on_grid = math.exp(log_integral(log_p))
     if on_grid < 0.99:
         raise ValueError(f"{1 - on_grid:.0%} of the density lies outside +-{HALF}; shrink it")
-    p = log_p.softmax(0)
-    kl_raw = torch.where(p > 0, p * (log_p - log_q), 0).sum().item()
-    log_z, heavy_mode = log_integral(log_q), log_q.softmax(0)[points[:, 0] < 0].sum().item()
+    kl_raw = (log_p.softmax(0) * (log_p - log_q)).sum().item()
+    log_z = log_integral(log_q)
+    heavy_mode = log_q.softmax(0)[points[:, 0] < 0].sum().item()
     return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode), log_p, log_q
 
 
 def run(dataset, name, steps, seed):
-    """One training, the row of numbers it gives and its pictures; runs in a process of its own."""
+    """One training in the plane gives a row of numbers, and pictures: titles and arrays."""
     torch.set_num_threads(1)                       # small tensors: two runs side by side are faster
     torch.manual_seed(seed)
     oracle = DATASETS[dataset]()
-    x0, start = oracle.sample(200_000).float(), time.time()
+    x0 = oracle.sample(200_000).float()
     method = METHODS[name](lambda outputs, timed=False: MLP(2 + timed, outputs), SCHEDULE)
-    train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
-    seconds = time.time() - start
+    seconds = train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
     row, log_p, log_q = evaluate(method.log_prob, oracle)
-    pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
+    pictures = {"truth": log_p.numpy()}
+    if name not in ("TRE", "time-score"):                                       # seven columns fit
+        pictures[name] = log_q.numpy()
     if name == "CDM":
         pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), None, "ddpm").numpy()
     return dict(dataset=dataset, method=name, seed=seed, **row, seconds=seconds), pictures
@@ -281,7 +275,7 @@ def run(dataset, name, steps, seed):
 # ------------------------------------------------------------------------------ the density chasm
 
 DIMENSIONS = (20, 40, 80, 160)
-CHASM = METHODS | {"CDM": classifier(0.01, 1.0)}   # in many dimensions the MSE must lead
+CHASM = METHODS | {"CDM": partial(classifier, w_ce=0.01, w_mse=1.0)}      # the MSE must lead here
 FULL_NAMES = {"CDM": "CDM (cross-entropy + denoising)", "CE": "one classifier, cross-entropy only",
               "TRE": "telescoping ratios (TRE)", "NCE": "noise-contrastive estimation (NCE)",
               "time-score": "time score (DRE-infinity)"}
@@ -310,16 +304,16 @@ class CorrelatedPairs:
 
 
 def chasm_run(d, name, steps, seed):
-    """One training of a plain MLP on correlated pairs. Then on 5000 new samples, in nats: the mean
-    of the estimated log-ratio to N(0, I), the root mean square error of one log-ratio, and for the
-    exact and a learned classifier the mean of log p_t(x) / p_0(x) at every level t, (T+2,)."""
+    """Train a plain MLP on correlated pairs; measure on 5000 new samples, in nats. The row has the
+    mean log-ratio to N(0, I) and the rms error of one; the list, for a classifier, the mean of
+    log p_t(x) / p_0(x) at every level t, (T+2,): exact and learned."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    oracle, start = CorrelatedPairs(d), time.time()
-    make = lambda outputs, timed=False: MLP(d + timed, outputs, width=256, layers=3, frequencies=0)
-    method = CHASM[name](make, oracle.schedule)
-    train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
-    seconds, x = time.time() - start, oracle.sample(5000).float()
+    oracle = CorrelatedPairs(d)
+    method = CHASM[name](lambda outputs, timed=False: MLP(d + timed, outputs, 256, 3, 0),
+                         oracle.schedule)
+    seconds = train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
+    x = oracle.sample(5000).float()
     with torch.no_grad():
         exact, estimate = oracle.logits(x), method.log_prob(x) - log_normal(x)
         logits = [exact, method.net.net(x)] if isinstance(method.net, CDM) else []
@@ -329,23 +323,24 @@ def chasm_run(d, name, steps, seed):
     return row, [(l - l[:, :1]).mean(0).numpy() for l in logits]
 
 
-# ------------------------------------------------------------------------------ tables and figures
+# ------------------------------------------------------------------- processes, tables, figures
 
 
-def in_parallel(jobs):
+def in_parallel(jobs, seconds=0):
     """The results of all jobs (function, *arguments), in order, by a process for each core. If one
-    of them fails, or at Ctrl-C, the others are ended too."""
+    of them fails, or at Ctrl-C, the others are ended too. seconds: what a job takes, roughly."""
     start, cores = time.time(), os.cpu_count()
-    print(f"{len(jobs)} trainings by {cores} processes", flush=True)
-    ignore_interrupts = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with concurrent.futures.ProcessPoolExecutor(cores, **ignore_interrupts) as pool:
-        futures = [pool.submit(*job) for job in jobs]
+    total = seconds * math.ceil(len(jobs) / cores)
+    print(f"{len(jobs)} trainings by {cores} processes take roughly {total:.0f} s", flush=True)
+    with ProcessPoolExecutor(cores, initializer=signal.signal,          # only this process sees
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:        # Ctrl-C
+        futures = {pool.submit(*job): job for job in jobs}
         try:
-            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            for done, future in enumerate(as_completed(futures), 1):
                 future.result()
-                passed = time.time() - start
-                print(f"{done:4} of {len(jobs)}, {passed / done * (len(jobs) - done):4.0f} s left:",
-                      *jobs[futures.index(future)][1:], flush=True)
+                left = (time.time() - start) / done * (len(jobs) - done)
+                _, *what = futures[future]
+                print(f"{done:4} of {len(jobs)}, {left:4.0f} s left:", *what, flush=True)
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -354,9 +349,8 @@ def in_parallel(jobs):
 
 
 def table(path, rows, lines):
-    """Save rows as CSV; print a Markdown table of lines (title, key, digits, rows), a column for
-    each method: the mean of row[key] and, over trainings that differ by seed alone, its standard
-    deviation."""
+    """Save rows as CSV; print a Markdown table of lines (title, key, digits, rows), by method: the
+    mean of row[key] and, over trainings that differ by seed alone, its standard deviation."""
     np.savetxt(path, [[str(v) for v in row.values()] for row in rows], fmt="%s", delimiter=",",
                header=",".join(rows[0]), comments="", encoding="utf-8")
     cells = [["", *dict.fromkeys(row["method"] for row in rows)]]
@@ -367,9 +361,10 @@ def table(path, rows, lines):
             values = np.array([row[key] for row in mine])
             if not np.isfinite(values).all():
                 sys.exit(f"{title}, {method}: {values} is not finite; all numbers are in {path}")
-            alike = len(mine) == len({row["seed"] for row in mine}) > 1
-            spread = f" +- {values.std(ddof=1):.{digits}f}" if alike else ""
-            cells[-1].append(f"{values.mean():.{digits}f}{spread}")
+            cell = f"{values.mean():.{digits}f}"
+            if len(mine) == len({row["seed"] for row in mine}) > 1:
+                cell += f" +- {values.std(ddof=1):.{digits}f}"
+            cells[-1].append(cell)
     widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     for line in cells:
@@ -378,8 +373,8 @@ def table(path, rows, lines):
 
 
 def show(ax, picture, truth, title):
-    """Draw samples (n, 2), or the square root of a density, so that faint modes are seen. It is
-    normalised first; if that changes it by more than 10 %, log Z is written into the picture."""
+    """Draw samples (n, 2), or the square root of a density (CELLS^2,), so that faint modes are
+    seen. It is normalised; if that changes it by more than 10 %, log Z is written below."""
     ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
     ax.set_title(title, fontsize=10)
     if picture.ndim == 2:
@@ -393,45 +388,29 @@ def show(ax, picture, truth, title):
         ax.text(0, -2.25, f"log Z = {log_z:.1f}", ha="center", fontsize=9)
 
 
-def density_figure(pictures, path):
-    """A row for each dataset: the truth, what methods learned, samples drawn with the CDM."""
-    columns = len(next(iter(pictures.values())))
-    fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
-                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
-    fig.suptitle("square root of each density;\nlog Z (nats) if over 10 % off", fontsize=10)
-    for row, (dataset, mine) in zip(axes, pictures.items()):
-        for ax, (title, picture) in zip(row, mine.items()):
-            show(ax, picture, mine["truth"], title if ax in axes[0] else "")
-        row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
-    fig.savefig(path, dpi=120)
-
-
-def hero_figure(rows, pictures, path):
-    """Left: estimated against true mean log-ratio, with the spread over seeds. Right: the plane."""
+def chasm_figures(rows, pictures, curves, out):
+    """Draw hero.png, the estimated against the true mean log-ratio, with the spread over seeds, and
+    the plane beside it; and posterior.png, what classifiers make of clean points at every level."""
     fig, axes = plt.subplot_mosaic("AB;AC;AD", layout="constrained", figsize=(8, 5.2),
                                    width_ratios=[2.9, 1])
     left, *right = axes.values()
-    true = [d / 4 for d in DIMENSIONS]
+    true = np.array(DIMENSIONS) / 4
     left.plot(true, true, "k--", linewidth=1, label="exact")
     for name, full_name in FULL_NAMES.items():
-        found = [[row["estimated"] for row in rows if (row["d"], row["method"]) == (d, name)]
-                 for d in DIMENSIONS]
-        left.errorbar(true, np.mean(found, 1), np.std(found, 1, ddof=len(found[0]) > 1), fmt="o-",
-                      markersize=4, capsize=3, label=full_name)
+        found = np.array([row["estimated"] for row in rows if row["method"] == name])
+        found = found.reshape(len(DIMENSIONS), -1)                          # (dimensions, seeds)
+        spread = found.std(1, ddof=1) if found.shape[1] > 1 else None
+        left.errorbar(true, found.mean(1), spread, fmt="o-", ms=4, capsize=3, label=full_name)
     left.set(xlabel="true mean log-ratio of data to noise, nats (= dimensions / 4)",
              ylabel="estimated, nats")
     left.legend(frameon=False)
     for ax, (title, picture) in zip(right, pictures.items()):
         show(ax, picture, pictures["truth"], f"two moons: {title}")
-    fig.savefig(path, dpi=120)
+    fig.savefig(out / "hero.png", dpi=120)
 
-
-def posterior_figure(curves, path):
-    """What classifiers make of clean points, level by level: where clean points are never taken for
-    noisy ones, cross-entropy does not learn, but log p(x) compares the first level to the last."""
     fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for ax, d in zip(axes, (DIMENSIONS[0], DIMENSIONS[-1])):
-        for name in ("CDM", "CE"):                                  # colours as in the hero figure
+        for name in ("CDM", "CE"):                                      # colours are those of hero
             exact, learned = curves[d, name]
             ax.plot(learned, label=FULL_NAMES[name])
         ax.plot(exact, "k--", linewidth=1, label="exact")
@@ -439,43 +418,52 @@ def posterior_figure(curves, path):
                xlabel=f"level t, from clean (0) to pure noise ({len(exact) - 1})")
     axes[0].set_ylabel("mean of log $p_t(x) / p_0(x)$, nats")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.savefig(path, dpi=120)
+    fig.savefig(out / "posterior.png", dpi=120)
 
 
-def toy(args):
-    """Six densities in the plane by every method."""
-    jobs = [(run, d, m, args.steps, s)
-            for d in args.datasets for m in args.methods for s in range(args.seeds)]
-    results = in_parallel(jobs)
+def toy(datasets, methods, steps, seeds, out):
+    """Compare the methods in the plane: a table, and a figure with a row for each dataset."""
+    print(f"{', '.join(methods)} learn {', '.join(datasets)} in {steps} steps; seeds: {seeds}")
+    jobs = [(run, d, m, steps, s) for d in datasets for m in methods for s in range(seeds)]
+    results = in_parallel(jobs, 1 + 0.004 * steps)
     rows, lines = [row for row, _ in results], []
-    for dataset in args.datasets:
+    for dataset in datasets:
         mine = [row for row in rows if row["dataset"] == dataset]
-        lines += [(f"{dataset}: KL, nats", "KL", 4, mine),
-                  (f"{dataset}: log Z, nats", "log_Z", 3, mine)]
+        lines.append((f"{dataset}: KL, nats", "KL", 4, mine))
+        lines.append((f"{dataset}: log Z, nats", "log_Z", 3, mine))
         if dataset == "two_modes":
             lines.append(("two_modes: heavy weight (0.9)", "heavy_mode", 3, mine))
-    table(args.out / "toy_2d.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
-    pictures = {dataset: {} for dataset in args.datasets}
+    table(out / "toy_2d.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
+    pictures = {dataset: {} for dataset in datasets}
     for row, picture in results:
-        if row["seed"] == 0 and row["method"] not in ("TRE", "time-score"):   # seven columns fit
+        if row["seed"] == 0:
             pictures[row["dataset"]] |= picture
-    density_figure(pictures, args.out / "toy_2d.png")
+    columns = max(map(len, pictures.values()))
+    fig, axes = plt.subplots(len(datasets), columns, squeeze=False, layout="constrained",
+                             figsize=(1.2 * columns, 1.2 * len(datasets) + 0.5))
+    fig.suptitle("square root of each density;\nlog Z (nats) if over 10 % off", fontsize=10)
+    for row, (dataset, mine) in zip(axes, pictures.items()):
+        row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
+        for ax, (title, picture) in zip(row, mine.items()):
+            show(ax, picture, mine["truth"], title if ax in axes[0] else "")
+    fig.savefig(out / "toy_2d.png", dpi=120)
 
 
-def chasm(args):
-    """Where data and N(0, I) hardly overlap: correlated pairs, a plain MLP, fresh samples."""
-    jobs = [(chasm_run, d, m, args.steps, s)
-            for d in DIMENSIONS for m in FULL_NAMES for s in range(args.seeds)]
-    (_, pictures), *results = in_parallel([(run, "two_moons", "CDM", args.steps, 0)] + jobs)
+def chasm(steps, seeds, out):
+    """Compare the methods on correlated pairs, where data and N(0, I) hardly overlap."""
+    print(f"{', '.join(FULL_NAMES)} in {DIMENSIONS} dimensions, {steps} steps; seeds: {seeds}")
+    jobs = [(run, "two_moons", "CDM", steps, 0)]                    # to be seen beside the others
+    jobs += [(chasm_run, d, m, steps, s)
+             for d in DIMENSIONS for m in FULL_NAMES for s in range(seeds)]
+    (_, pictures), *results = in_parallel(jobs, 0.5 + 0.006 * steps)
     rows, lines = [row for row, _ in results], []
     for d in DIMENSIONS:
         mine = [row for row in rows if row["d"] == d]
-        lines += [(f"d = {d}: mean log-ratio ({d / 4:g}), nats", "estimated", 2, mine),
-                  (f"d = {d}: rms error of one, nats", "rms", 2, mine)]
-    table(args.out / "chasm.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
-    hero_figure(rows, pictures, args.out / "hero.png")
-    curves = {(r["d"], r["method"]): c for r, c in results if r["seed"] == 0}
-    posterior_figure(curves, args.out / "posterior.png")
+        lines.append((f"d = {d}: mean log-ratio ({d / 4:g}), nats", "estimated", 2, mine))
+        lines.append((f"d = {d}: rms error of one, nats", "rms", 2, mine))
+    table(out / "chasm.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
+    curves = {(row["d"], row["method"]): curve for row, curve in results if row["seed"] == 0}
+    chasm_figures(rows, pictures, curves, out)
 
 
 def main():
@@ -488,21 +476,23 @@ def main():
     add("--seeds", type=int, help="trainings of each, seeds 0, 1, .. (1; with --chasm 3)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for results (%(default)s)")
     args = p.parse_args()
+    seeds = (3 if args.chasm else 1) if args.seeds is None else args.seeds
     if args.chasm and (args.datasets or args.methods):
         p.error("--datasets and --methods choose from the plane: not with --chasm")
-    args.datasets = list(dict.fromkeys(args.datasets or DATASETS))              # each once
-    args.methods = list(dict.fromkeys(args.methods or METHODS))
-    args.seeds = (3 if args.chasm else 1) if args.seeds is None else args.seeds
-    if args.steps < 1 or args.seeds < 1:
+    if args.steps < 1 or seeds < 1:
         p.error("--steps and --seeds must be 1 or more")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"--out {args.out} cannot be made: {error.strerror}")
+        p.error(f"--out {args.out} cannot be made: {error.strerror}")
     if not os.access(args.out, os.W_OK):
-        sys.exit(f"--out {args.out} cannot be written to")
+        p.error(f"--out {args.out} cannot be written to")
     start = time.time()
-    (chasm if args.chasm else toy)(args)
+    if args.chasm:
+        chasm(args.steps, seeds, args.out)
+    else:
+        datasets, methods = args.datasets or DATASETS, args.methods or METHODS
+        toy(dict.fromkeys(datasets), dict.fromkeys(methods), args.steps, seeds, args.out)
     print(f"{time.time() - start:.0f} s in all; numbers and figures in {args.out}")
 
 
