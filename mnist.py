@@ -448,7 +448,7 @@ def of_each_class(images, labels, n):
     return to_x0(torch.cat([images[labels == y][:n] for y in range(CLASSES)]))
 
 
-def quality(models, train_set, validation, test_set, n):
+def quality(models, train_set, test_set, n):
     """Print how far n samples are from the test digits, beside n real digits. "Label first": of
     p(x | y), as many of each class. To draw a label, then the digit, is to sample p(x) too."""
     judge, body = make_judge(*train_set)
@@ -462,7 +462,9 @@ def quality(models, train_set, validation, test_set, n):
         print(f"| {name:24s} | {frechet(batches(body, x0), real):16.2f} | {100 * sure:7.1f} % | "
               f"{1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
 
-    row("real (validation) digits", of_each_class(*validation, n // CLASSES), time.time())
+    order = torch.randperm(len(train_set[1])).to(y.device)          # neighbours share their writer
+    row("real (training) digits", of_each_class(*(v[order] for v in train_set), n // CLASSES),
+        time.time())
     for name, model in models.items():
         for kind, one in (("label first", given(model, y)), ("free", model)):
             begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
@@ -577,7 +579,7 @@ def main():
     run = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
     out = args.out or Path("runs", run)
     out.mkdir(parents=True, exist_ok=True)
-    data = train_set, _, _ = load_data(args.dataset, args.data)
+    train_set, _, test_set = load_data(args.dataset, args.data)
     print(f"torch {torch.__version__} on {args.device}; results go to {out}", flush=True)
     try:
         torch.manual_seed(args.seed)
@@ -591,7 +593,8 @@ def main():
             models = {args.model: train(trained, *train_set, args.device, out, args.resume,
                                         args.compile)}
         torch.manual_seed(args.seed)
-        measure(models, *([v.to(args.device) for v in part] for part in data), config, out)
+        measure(models, *([v.to(args.device) for v in part] for part in (train_set, test_set)),
+                config, out)
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
     if args.quick and not args.weights:
@@ -599,7 +602,7 @@ def main():
               "bits/dim, and digits that a classifier reads with certainty.")
 
 
-def measure(models, train_set, validation, test_set, config, out):
+def measure(models, train_set, test_set, config, out):
     """One screen of numbers on the test set, and three pictures."""
     images, labels = test_set[0][:config["one_pass"]], test_set[1][:config["one_pass"]]
     show_samples(models, *test_set, out / "samples.png")
@@ -610,7 +613,7 @@ def measure(models, train_set, validation, test_set, config, out):
             show_levels(model, images[:1], out / "levels.png")
     show_errors(models, images[:config["elbo"]], train_set[0], out / "errors.png")
     if config["samples"]:
-        quality(models, train_set, validation, test_set, config["samples"])
+        quality(models, train_set, test_set, config["samples"])
     print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
