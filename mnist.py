@@ -598,7 +598,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
     if args.quick and not args.weights:
-        print("This was a short training. The README shows what a long one gives: on MNIST 1.11 "
+        print("This was a short training. The README shows what a long one gives: on MNIST 1.12 "
               "bits/dim, and digits that a classifier reads with certainty.")
 
 
