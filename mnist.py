@@ -1,6 +1,6 @@
 """CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
 
-    python mnist.py --quick                        a short training, five minutes on two CPU cores
+    python mnist.py --quick                        a short training, four minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
                                                    measure the two trained networks, eight minutes
     python mnist.py --device cuda                  the full training, on a GPU
