@@ -372,7 +372,7 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         if step % 100 == 0 or step == steps:
             ms = 1000 * (time.time() - begun) / (step - first)
             print(f"step {step:6d} of {steps}   cross-entropy {ce.item():.3f} (chance 0.693)   "
-                  f"MSE {mse.item():.4f}   {ms:.0f} ms a step   "
+                  f"weighted MSE {mse.item():.4f}   {ms:.0f} ms a step   "
                   f"{ms * (steps - step) / 60000:.1f} min left", flush=True)
             log.append(f"{step},{ce.item():.5f},{mse.item():.6f},{ms:.1f}\n")
             (out / "log.csv").write_text("".join(log), "utf-8")
@@ -604,7 +604,7 @@ def main():
 
 def measure(models, train_set, test_set, config, out):
     """One screen of numbers on the test set, and three pictures."""
-    images, labels = test_set[0][:config["one_pass"]], test_set[1][:config["one_pass"]]
+    images = test_set[0][:config["one_pass"]]
     show_samples(models, *test_set, out / "samples.png")
     for name, model in models.items():
         if isinstance(model, CDM):
