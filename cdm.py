@@ -1,83 +1,66 @@
 """Classification Diffusion Models (CDM): the whole method in one file.
 
-Read it from top to bottom beside the paper: Yadin, Elata, Michaeli, "Classification Diffusion
-Models: Revitalizing Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an
-unknown amount of noise and classifies how noisy it is. That is all it outputs, and yet its logits
-l_t(x) contain a diffusion model and a likelihood, which are exact if the classifier is:
+Read it beside the paper: Yadin, Elata, Michaeli, "Classification Diffusion Models: Revitalizing
+Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an unknown amount of noise and
+classifies how noisy it is. That is all it outputs, and yet its logits l_t(x) contain a diffusion
+model and a likelihood, which are exact if the classifier is:
 
     noise         x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
     classifier    softmax(l(x))_t = p(t | x),        t drawn uniformly from the T+2 levels
     theorem 3.2   log p_t(x) = l_t(x) - l_{T+1}(x) + log N(x; 0, I)
     theorem 3.1   E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
-The first is Bayes' rule: a difference of logits is the log of a ratio of densities, of which one,
-p_{T+1} = N(0, I), is known. The second is its gradient, by Tweedie's formula.
-
-    x0, xt           a clean sample, and its noisy version at level t: (B, ...), a batch of B rows
-    d                how many numbers one sample has
-    t                level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise
+    t                the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise
     alpha, sigma     scale of the signal and of the noise at each level, (T+2,)
     log-SNR          log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
+    x0, xt           a clean sample and its noisy version: (B, ...), a batch of B rows
     eps, eps_hat     the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
 
-Level 0 has no noise to remove. It is there because p_0 is the density of the data: the one that we
-want, and where a sampler ends. Log-likelihoods are in nats, except for bits_per_dim. The audits at
-the end may be skipped at first.
+Level 0 has no noise to remove; it is there because p_0 is the density of the data, which we want.
+Log-likelihoods are in nats. The three audits at the end may be skipped at first.
 """
 
 import copy
 import math
+from collections import namedtuple
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.distributions import Independent, Normal
 
-# ---------------------------------------------------------------------- noise levels (section 2)
-
-
-class Schedule(NamedTuple):
-    """Scale of signal and noise at each level: two float64 tensors (T+2,), from 1, 0 to 0, 1."""
-    alpha: torch.Tensor
-    sigma: torch.Tensor
-
-
-def with_ends(first, inner, last):
-    """The levels 1 .. T between the clean level 0 and the pure noise of level T+1."""
-    return F.pad(F.pad(inner, (1, 0), value=first), (0, 1), value=last)
+# ---------------------------------------------------------------- levels of noise (section 2)
+# Scale of signal and noise at each level: two float64 tensors (T+2,), from 1, 0 to 0, 1.
+Schedule = namedtuple("Schedule", "alpha sigma")
 
 
 def ddpm_schedule(T=1000):
-    """Ho et al. 2020: alpha_t^2 is the product of 1 - beta, beta growing from 1e-4 to 0.02 in 1000
-    steps. One level stands for 1000/T of them, so that alpha_T^2 = 4e-5 for any T."""
-    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    log_alpha2 = with_ends(0, 1000 / T * torch.log1p(-beta).cumsum(0), -math.inf)
-    return Schedule(torch.exp(log_alpha2 / 2), torch.sqrt(1 - torch.exp(log_alpha2)))
+    """alpha_t^2 is a product of factors 1 - beta, where beta grows from 1e-4 to 0.02 in 1000 steps
+    (Ho et al. 2020). A level stands for 1000/T of them, so that alpha_T^2 = 4e-5 for any T."""
+    beta = F.pad(torch.linspace(1e-4, 0.02, T, dtype=torch.float64), (1, 1))
+    beta[-1] = 1.0                                                # nothing is left at level T+1
+    alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))
+    return Schedule(torch.sqrt(alpha2), torch.sqrt(1 - alpha2))
 
 
 def uniform_schedule(T=1000):
-    """sigma_t = t/(T+1), alpha_t^2 + sigma_t^2 = 1: "unif." in the paper (Rhodes et al. 2020)."""
+    """sigma_t = t/(T+1), alpha_t^2 = 1 - sigma_t^2: "unif." in the paper (Rhodes et al. 2020)."""
     sigma = torch.linspace(0, 1, T + 2, dtype=torch.float64)
     return Schedule(torch.sqrt(1 - sigma ** 2), sigma)
 
 
 def ot_schedule(T=1000):
-    """The straight path of flow matching: alpha_t = 1 - t/(T+1), sigma_t = t/(T+1)."""
+    """sigma_t = t/(T+1), alpha_t = 1 - sigma_t: the straight path of flow matching."""
     sigma = torch.linspace(0, 1, T + 2, dtype=torch.float64)
     return Schedule(1 - sigma, sigma)
 
 
 def log_snr_schedule(T=256, first=14.0, last=-8.0):
-    """The log-SNR falls linearly, from `first` at t = 1 to `last` at t = T: a step between any two
-    neighbours is equally large, so that none is too large for a classifier to learn from."""
-    log_snr = with_ends(math.inf, torch.linspace(first, last, T, dtype=torch.float64), -math.inf)
+    """The log-SNR falls linearly, from `first` at t = 1 to `last` at t = T: no two neighbours are
+    farther apart than others, and so too easily told apart for a classifier to learn from."""
+    log_snr = F.pad(torch.linspace(first, last, T, dtype=torch.float64), (1, 1))
+    log_snr[0], log_snr[-1] = math.inf, -math.inf
     return Schedule(torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr)))
-
-
-def stratified(B, n, device=None):
-    """B integers (B,), each uniform in 0 .. n-1, together evenly spread: less variance."""
-    share = (torch.randperm(B, device=device) + torch.rand((), device=device)) / B    # in 0 .. 1
-    return (share * n).long().clamp(max=n - 1)              # rounding may have given share = 1
 
 
 def log_normal(x):
@@ -87,28 +70,43 @@ def log_normal(x):
     return -0.5 * (x * x + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-# --------------------------------------------------------------- what all diffusion models share
+def stratified(B, n, device=None):
+    """B integers (B,), each uniform in 0 .. n-1, evenly spread, so that losses vary less."""
+    share = (torch.randperm(B, device=device) + torch.rand((), device=device)) / B    # in 0 .. 1
+    return (share * n).long().clamp(max=n - 1)              # rounding may have given share = 1
 
 
-class Diffusion(torch.nn.Module):
-    """What every diffusion model does; a subclass brings predict_noise(xt, t) = E[eps | x_t = xt].
+# ------------------------------------------------------------------ a diffusion model, the rival
+class DDM(torch.nn.Module):
+    """A denoising diffusion model: net(xt, t) -> eps_hat is told the level t, long (B,).
 
-    A level t is an int in 0 .. T+1 or a long tensor (B,). ValueError for other levels, integer
-    data, an empty batch, a bad schedule. A state_dict holds the network, but not the schedule."""
+    A level t is an int in 0 .. T+1 or a long tensor (B,). Other levels, integer data, an empty
+    batch and a bad schedule are ValueErrors. A state_dict does not hold the schedule."""
 
     def __init__(self, net, schedule):
         super().__init__()
-        if not isinstance(schedule, Schedule) or not len(schedule.alpha) == len(schedule.sigma) > 3:
-            raise ValueError(f"a Schedule of two tensors (T+2,), T >= 2, is needed; got {schedule}")
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"a Schedule is needed, got {schedule!r}")
         alpha, sigma = (v.double().cpu() for v in schedule)
-        ends = alpha[0], sigma[0], alpha[-1], sigma[-1]
-        if ends != (1, 0, 0, 1) or not ((alpha / sigma).diff() < 0).all():
-            raise ValueError(f"alpha / sigma must fall, from 1 / 0 to 0 / 1; got {schedule}")
-        if any(map(torch.nn.parameter.is_lazy, getattr(net, "parameters", list)())):
-            raise ValueError("a lazy layer has no weights yet: call net(x) once before")
+        ends = [alpha[0], sigma[0], alpha[-1], sigma[-1]]
+        if len(alpha) < 3 or ends != [1, 0, 0, 1] or not ((alpha / sigma).diff() < 0).all():
+            raise ValueError(f"alpha / sigma must fall, from 1 / 0 to 0 / 1, T >= 1; {schedule}")
         self.net, self.schedule, self.T = net, Schedule(alpha, sigma), len(alpha) - 2
         self.register_buffer("alpha", alpha.float(), persistent=False)
         self.register_buffer("sigma", sigma.float(), persistent=False)
+        if any(torch.nn.parameter.is_lazy(p) for p in self.parameters()):
+            raise ValueError("a lazy layer has no weights yet: call net(x) once before")
+
+    def predict_noise(self, xt, t):
+        """eps_hat, the estimate of E[eps | x_t = xt]."""
+        return self.net(xt, self.level(t, xt))
+
+    def losses(self, x0, w_mse=1.0):
+        """0, as there is no classifier, and the denoising error (Ho et al. 2020); see CDM."""
+        t = self.level(1 + stratified(len(x0), self.T, x0.device), x0)
+        eps = torch.randn_like(x0)
+        eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
+        return torch.zeros_like(self.alpha[0]), self.mse(eps_hat, eps, t, w_mse)
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -144,24 +142,23 @@ class Diffusion(torch.nn.Module):
         return (torch.as_tensor(weight).to(error).expand(self.T + 2)[t] * error).mean()
 
 
-# ------------------------------------------------------ the classifier (section 3), and its rival
+# ----------------------------------------------------------------- the classifier (section 3)
+class CDM(DDM):
+    """A diffusion model whose denoiser comes from a classifier, net(x) -> logits (B, T+2).
 
+    The network is not told how noisy x is: to find that is its task. Rows must not influence each
+    other (no BatchNorm). Training differentiates a gradient, so activations must be smooth (SiLU,
+    not ReLU), and torch.func refuses activation checkpointing. A network that is asked about some
+    levels only needs a subclass with a log_ratio of its own, the one method that calls it."""
 
-class CDM(Diffusion):
-    """A classification diffusion model: net(x) -> logits (B, T+2) guesses how noisy each x is.
-
-    The network is not told the level: to find it is its task. Rows must not influence each other
-    (no BatchNorm); activations must be curved (SiLU, not ReLU), as training differentiates a
-    gradient; torch.func refuses activation checkpointing. If a network is to be asked about some
-    levels only, a subclass overrides log_ratio, the one method that calls it, and sets `window`."""
-
-    window = None          # how many neighbouring levels the cross-entropy compares; None: all T+2
+    window = None        # how many neighbouring levels the cross-entropy compares; None: all T+2
 
     def log_ratio(self, x, levels):
         """log [p_t(x) / p_{T+1}(x)] in nats at the levels t asked for, (B, n) -> (B, n).
 
-        As all levels are equally likely, softmax(logits)_t is p_t(x) times a factor common to all t
-        (Bayes), which cancels in a difference. To get p_t, one density must be known: p_{T+1}."""
+        All levels are equally likely, so by Bayes' rule softmax(logits)_t is p_t(x) times a factor
+        that is the same for all t. A difference of two logits is the log of a ratio of densities,
+        and one density is known: p_{T+1} = N(0, I)."""
         logits = self.net(x)
         if logits.shape != (len(x), self.T + 2):
             raise ValueError(f"net must give {self.T + 2} logits a row, got {tuple(logits.shape)}")
@@ -173,7 +170,7 @@ class CDM(Diffusion):
         The network may output any function of x, so nothing forces this density to integrate to 1:
         annealed_log_z measures what it integrates to. ValueError in half precision."""
         ratio = self.log_ratio(x, self.level(t, x)[:, None])[:, 0]
-        return ratio + log_normal(x.to(ratio))                    # which refuses half precision
+        return ratio + log_normal(x.to(ratio))
 
     def predict_noise(self, xt, t):
         """Theorem 3.1: E[eps | x_t = xt] = sigma_t (xt - gradient of the log-ratio at t)."""
@@ -181,7 +178,7 @@ class CDM(Diffusion):
         return self.ratio_and_noise(xt, t[:, None], torch.zeros_like(t))[1]
 
     def ratio_and_noise(self, xt, levels, which):
-        """The log-ratios (B, n) at `levels`, and eps_hat at one level per row, column `which` (B,).
+        """The log-ratios (B, n) at `levels`, and eps_hat at one level a row: column `which` (B,).
 
         By Tweedie's formula, eps_hat = -sigma_t gradient of log p_t; by theorem 3.2, log p_t is the
         log-ratio plus log N(x; 0, I), and the gradient of the latter is -x."""
@@ -202,10 +199,9 @@ class CDM(Diffusion):
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
 
         Cross-entropy learns nothing from levels that it never confuses. The error teaches gradients
-        there too, but not the constants: one added to a level's logit changes no gradient. At t = 0
-        and T+1, where eps_hat is fixed, it teaches nothing. A window of K neighbouring levels is
-        drawn uniformly, then the true one within it; so p(t | x, window) is a softmax of K logits.
-        Overlapping windows connect all levels with T+1."""
+        there too, but no constant that is added to a level's logit, and nothing at levels 0 and
+        T+1, where eps_hat is fixed. First a window of K neighbouring levels is drawn, then the true
+        level in it, all with the same chance: p(t | x, window) is a softmax of its K logits."""
         K = self.window or self.T + 2
         windows = self.T + 3 - K
         pick = stratified(len(x0), windows * K, x0.device)              # a window and a place in it
@@ -216,42 +212,24 @@ class CDM(Diffusion):
         return F.cross_entropy(ratio, which), self.mse(eps_hat, eps, t, w_mse)
 
 
-class DDM(Diffusion):
-    """A denoising diffusion model, the rival: net(xt, t) -> eps_hat is told the level t."""
-
-    def predict_noise(self, xt, t):
-        return self.net(xt, self.level(t, xt))
-
-    def losses(self, x0, w_mse=1.0):
-        """0, as there is no classifier, and the denoising error (Ho et al. 2020); see CDM."""
-        t = self.level(1 + stratified(len(x0), self.T, x0.device), x0)
-        eps = torch.randn_like(x0)
-        eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
-        return torch.zeros_like(self.alpha[0]), self.mse(eps_hat, eps, t, w_mse)
-
-
-# --------------------------------------------------------------------------- samples, and labels
-
-
+# ------------------------------------------------------------------------- samples, and labels
 def noising_step(schedule, s, t):
-    """For s < t: alpha_ts and std_ts of the noising step, q(x_t | x_s) = N(alpha_ts x_s, std_ts^2),
-    and the standard deviation of the DDPM step back, q(x_s | x_t, x_0)."""
+    """For s < t: alpha_ts and std_ts of the noising, q(x_t | x_s) = N(alpha_ts x_s, std_ts^2 I),
+    and the standard deviation of r(x_s | x_t), the DDPM step back."""
     alpha, sigma = schedule
     alpha_ts = float(alpha[t] / alpha[s])
     std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)
     return alpha_ts, std_ts, std_ts * float(sigma[s] / sigma[t])
 
 
-@torch.no_grad()
+@torch.no_grad()            # about the weights; the gradient in x that a CDM needs is taken anyway
 def sample(model, x, steps=None, method="ddim"):
     """Samples (B, ...) by `steps` calls of predict_noise, 1 .. T (None: T), from noise x ~ N(0, I).
 
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, of second order, for few steps (Lu et al. 2022). x is taken for a sample
     of level T, so alpha_T should be nearly 0: in uniform_schedule(50) it is 0.2, and DDIM's mean
-    is 4 % too small for data N(m, 0.2^2). ValueError for another method or number of steps.
-
-    no_grad is about the weights: the gradient in x that a CDM needs is taken all the same."""
+    is 4 % too small for data N(m, 0.2^2). ValueError for another method or number of steps."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
@@ -294,106 +272,105 @@ def given(model, y, guidance=0.0):
     Labels that were given before are replaced."""
     if not torch.is_tensor(y) or y.dtype != torch.long or y.dim() != 1:
         raise ValueError(f"labels must be a long tensor (B,), got {y!r}")
-    labelled = copy.copy(model)                              # shares everything with the model,
-    labelled._modules = dict(model._modules)                 # except `net`, which is replaced
     net = model.net.net if isinstance(model.net, Given) else model.net
+    labelled = copy.copy(model)                           # it shares all but `net` with the model
+    labelled._modules = dict(model._modules)
     labelled.net = Given(net, y, guidance)
     return labelled
 
 
-# ----------------------------------------------------- three audits: is the likelihood believable?
-
-
+# --------------------------------------------------- three audits: is the likelihood believable?
 @torch.no_grad()
 def elbo(model, x0):
-    """A lower bound on E[log p_1(x_1) | x_0] in nats, (B,), where p_1 is what the DDPM sampler of
-    any model draws, by one denoiser call at each of T levels. It uses no constants of a classifier.
+    """A lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for any model: p_1 is what DDPM draws.
 
-    bound = E[log N(x_T; 0, I) | x_0] + d log(sigma_T / sigma_1)
-            - 1/2 integral of ||eps - eps_hat||^2 over the log-SNR            (Kingma et al. 2021)
-    by the trapezoid rule. ValueError if neighbouring levels are more than 1 apart in log-SNR."""
-    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x0.shape[1:].numel()
-    log_snr = [2 * math.log(a / s) for a, s in zip(alpha[1:-1], sigma[1:-1])]
-    if max(a - b for a, b in pairwise(log_snr)) > 1 + 1e-9:
+        bound = E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2
+    over the log-SNR, where x_0 has d numbers (Kingma et al. 2021). A classifier's constants play no
+    part. ValueError if levels are over 1 apart in log-SNR: too far for the trapezoid rule."""
+    (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
+    log_snr = 2 * torch.log(alpha / sigma)[1:-1]
+    if (log_snr.diff() < -1 - 1e-9).any():
         raise ValueError("levels are more than 1 apart in log-SNR: the ELBO needs more of them")
-    log_snr = [log_snr[0], *log_snr, log_snr[-1]]            # now log_snr[t]; flat at both ends
-    bound = log_normal(alpha[T] * x0) - d * sigma[T] ** 2 / 2 + d * math.log(sigma[T] / sigma[1])
+    errors = []
     for t in range(1, T + 1):
         eps = torch.randn_like(x0)
         eps_hat = model.predict_noise(model.add_noise(x0, t, eps), t)
-        width = (log_snr[t - 1] - log_snr[t + 1]) / 2
-        bound = bound - width / 2 * (eps_hat - eps).square().flatten(1).sum(1)
-    return bound
+        errors.append((eps_hat - eps).square().flatten(1).sum(1))
+    integral = torch.trapezoid(torch.stack(errors), -log_snr.to(x0), dim=0)
+    prior = log_normal(float(alpha[T]) * x0) - d * float(sigma[T]) ** 2 / 2
+    return prior + d * math.log(sigma[T] / sigma[1]) - integral / 2
 
 
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
-    """log p_t(x) in nats, (B,), where p_t is what the deterministic sampler of any model draws: by
-    the probability-flow ODE (Song et al. 2021) from level t, 1 .. T-1, to T. Other t: ValueError.
+    """log p_t(x) in nats, (B,), for any model: p_t is what its deterministic sampler draws.
 
-    In y = x / alpha and tau = sigma / alpha the ODE is dy/dtau = eps_hat, and log p(y) falls by the
-    divergence of eps_hat. probes = 0 computes that exactly, by d backward passes; probes = n
-    estimates it without bias from n random vectors of signs (Hutchinson)."""
+    The probability-flow ODE (Song et al. 2021) leads from level t, 1 .. T-1 (else ValueError), to
+    T. In y = x / alpha and tau = sigma / alpha it is dy/dtau = eps_hat, and log p(y) falls by the
+    divergence of eps_hat: it takes d backward passes for x of d numbers, or is estimated without
+    bias from `probes` random vectors of signs (Hutchinson)."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
-    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x.shape[1:].numel()
+    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x[0].numel()
     vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
     if probes:
         vectors = torch.randint(2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
-
-    def slopes(y, t):
-        """dy/dtau, and what log p(y) loses per log(tau): tau times the divergence."""
-        eps_hat, pull = torch.func.vjp(lambda xt: model.predict_noise(xt, t), alpha[t] * y)
-        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)   # v^T Jacobian v
-        return eps_hat, sigma[t] * trace / max(1, probes)
-
-    y, lost = x / alpha[t], 0                            # what is lost on the way, x had more
-    for s in range(t, T):                                                         # Heun's method
-        tau, next_tau = sigma[s] / alpha[s], sigma[s + 1] / alpha[s + 1]
-        dy, dlog_p = slopes(y, s)
-        next_dy, next_dlog_p = slopes(y + (next_tau - tau) * dy, s + 1)
-        y = y + (next_tau - tau) * (dy + next_dy) / 2
-        lost = lost + math.log(next_tau / tau) * (dlog_p + next_dlog_p) / 2
-    return log_normal(alpha[T] * y) + d * math.log(alpha[T] / alpha[t]) + lost
+    y, slopes = x / alpha[t], []                          # slopes of log p(y) in log(tau)
+    for s in range(t, T + 1):
+        eps_hat, pull = torch.func.vjp(lambda xs: model.predict_noise(xs, s), alpha[s] * y)
+        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)       # v^T Jacobian v
+        slopes.append(-sigma[s] * trace / max(1, probes))
+        if s < T:                                                                # Heun's method
+            step = sigma[s + 1] / alpha[s + 1] - sigma[s] / alpha[s]
+            next_eps_hat = model.predict_noise(alpha[s + 1] * (y + step * eps_hat), s + 1)
+            y = y + step * (eps_hat + next_eps_hat) / 2
+    log_tau = torch.log(model.schedule.sigma / model.schedule.alpha)[t:-1]
+    change = torch.trapezoid(torch.stack(slopes), log_tau.to(x), dim=0)
+    return log_normal(alpha[T] * y) + d * math.log(alpha[T] / alpha[t]) - change
 
 
 @torch.no_grad()
 def annealed_log_z(model, x1):
-    """Two floats, in nats, between which log Z lies, up to their sampling error: Z is what a CDM's
-    exp(log_prob(x, 1)) integrates to; it should be 1. With more levels they are closer together.
+    """Two floats, nats, between which log Z lies, but for their sampling error. Z is what a CDM's
+    exp(log_prob(x, 1)) integrates to, and should be 1. More levels bring the two closer together.
 
-    Annealed importance sampling (Neal 2001), with diffusion steps: q is the noising step, r the
-    DDPM step back. The weight of a path x_1 .. x_T is the ratio
+    Annealed importance sampling (Neal 2001) weighs a path x_1 .. x_T by
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
-    Over paths drawn downward, from noise by r, E[w] = Z, so E[log w] <= log Z (Jensen). Over paths
-    drawn upward by q from x1 (B, ...), level 1 of the data, E[1/w] = 1/Z and so E[log w] >= log Z,
-    if the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
-    sigma = model.schedule.sigma.tolist()
+    Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
+    upward, by q from x1 (B, ...), the data at level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, if
+    the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
 
-    def log_density(x, mean, std):
-        return log_normal((x - mean) / std) - x[0].numel() * math.log(std)
+    def q(xs, t):                                              # the noising from level t-1 to t
+        alpha_ts, std_ts, _ = noising_step(model.schedule, t - 1, t)
+        return Independent(Normal(alpha_ts * xs, std_ts), xs.dim() - 1)
 
-    def log_w(x, down):
-        """log w of paths (B,), drawn downward from noise x or upward from data x."""
-        total = -log_normal(x) if down else model.log_prob(x, 1)
-        for s in sorted(range(1, model.T), reverse=down):
-            t = s + 1
-            alpha_ts, std_ts, std = noising_step(model.schedule, s, t)
-            xt = x if down else alpha_ts * x + std_ts * torch.randn_like(x)
-            mean = (xt - std_ts ** 2 / sigma[t] * model.predict_noise(xt, t)) / alpha_ts
-            xs = mean + std * torch.randn_like(x) if down else x
-            total = total + log_density(xt, alpha_ts * xs, std_ts) - log_density(xs, mean, std)
-            x = xs if down else xt
-        return total + model.log_prob(x, 1) if down else total - log_normal(x)
+    def r(xt, t):                                              # the DDPM step from level t to t-1
+        alpha_ts, std_ts, std = noising_step(model.schedule, t - 1, t)
+        noise = std_ts ** 2 / float(model.schedule.sigma[t]) * model.predict_noise(xt, t)
+        return Independent(Normal((xt - noise) / alpha_ts, std), xt.dim() - 1)
 
-    below, above = log_w(torch.randn_like(x1), down=True), log_w(x1, down=False)
-    return below.mean().item(), above.mean().item()
+    xt = torch.randn_like(x1)
+    down = -log_normal(xt)                                     # log w, one factor after another
+    for t in range(model.T, 1, -1):
+        back = r(xt, t)
+        xs = back.sample()
+        down = down + q(xs, t).log_prob(xt) - back.log_prob(xs)
+        xt = xs
+    down = down + model.log_prob(xt, 1)
+
+    xs, up = x1, model.log_prob(x1, 1)
+    for t in range(2, model.T + 1):
+        noised = q(xs, t)
+        xt = noised.sample()
+        up = up + noised.log_prob(xt) - r(xt, t).log_prob(xs)
+        xs = xt
+    up = up - log_normal(xs)
+    return down.mean().item(), up.mean().item()
 
 
 def bits_per_dim(log_p1, sigma1, d):
     """Upper bound on -log2 P(image) / d for 8-bit images of d pixels, from log p_1 in nats, (B,):
-    log_prob(x_1, 1), ode_log_prob(x_1, 1) or elbo(x_0), with x_0 = (2k+1)/256 - 1 for grey value k.
-    It is one if p_1 is normalised; log Z has to be subtracted from a CDM's log_prob otherwise.
+    log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0). Grey value k is (2k+1)/256 - 1.
 
     Grey values have no density, but x_1 has: its noise blurs them. If sigma_1 is at most an eighth
     of a grey step (else ValueError), k can be read off x_1 to 1e-4 bits, and the noise, which is no
