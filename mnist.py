@@ -38,7 +38,6 @@ QUICK = dict(width=32, batch=64, steps=500, lr=0.004,
              one_pass=500, elbo=200, slow=40, fine=512, samples=0)
 
 # ------------------------------------------------------------------------------------------- data
-
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 FILES = {"train-images-idx3-ubyte.gz": "440fcabf73cc546f",           # how the file's SHA-256 begins
          "train-labels-idx1-ubyte.gz": "3552534a0a558bbe",
@@ -81,40 +80,35 @@ def to_x0(images):
 
 
 # ---------------------------------------------------------------------------------------- network
-
 CLEANEST, NOISIEST = 14.0, -8.0                 # log-SNR at level 1 and at level T
 STEP = 2 / 256                                  # distance of two grey values
 
 
 class Block(nn.Module):
     """Two convolutions and a skip connection, (B, C, H, W) -> the same. cond (B, 32) is the class
-    and, in a DDM, the level. GroupNorm keeps rows independent; SiLU is curved, as a CDM needs."""
+    and, in a DDM, the level. GroupNorm keeps rows apart; SiLU is smooth, as a CDM needs.
 
-    def __init__(self, channels):
+    If the number of places H W is given, every place hears from every other first, by a learned
+    matrix for each quarter of the channels: it stands in for attention, and is cheaper."""
+
+    def __init__(self, channels, places=None):
         super().__init__()
         self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.cond = nn.Linear(32, channels)
         nn.init.zeros_(self.conv2.weight)
+        self.places = places
+        if places:
+            self.norm0 = nn.GroupNorm(4, channels)
+            self.matrices = nn.Parameter(torch.zeros(4, places, places))
 
     def forward(self, x, cond):
+        if self.places:
+            quarters = F.silu(self.norm0(x)).flatten(2).unflatten(1, (4, -1))   # (B, 4, C/4, H W)
+            x = x + (quarters @ self.matrices).view_as(x)
         h = self.conv1(F.silu(self.norm1(x))) + self.cond(cond)[:, :, None, None]
         return x + self.conv2(F.silu(self.norm2(h)))
-
-
-class Mix(nn.Module):
-    """Every place of an image hears from every other, by one learned matrix for each quarter of the
-    channels: (B, C, H, W) -> the same. It stands in for attention, and is cheaper."""
-
-    def __init__(self, channels, places):
-        super().__init__()
-        self.norm = nn.GroupNorm(4, channels)
-        self.matrices = nn.Parameter(torch.zeros(4, places, places))
-
-    def forward(self, x):
-        quarters = F.silu(self.norm(x)).flatten(2).unflatten(1, (4, -1))        # (B, 4, C/4, H W)
-        return x + (quarters @ self.matrices).view_as(x)
 
 
 class Trunk(nn.Module):
@@ -127,16 +121,14 @@ class Trunk(nn.Module):
         self.stem = nn.Conv2d(4, width, 3, padding=1)                 # 2x2 pixels are 4 channels
         self.fine = Block(width)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
-        self.mix1, self.coarse1 = Mix(2 * width, places), Block(2 * width)
-        self.mix2, self.coarse2 = Mix(2 * width, places), Block(2 * width)
+        self.coarse1, self.coarse2 = Block(2 * width, places), Block(2 * width, places)
         self.up = nn.Conv2d(2 * width, width, 1)
         self.norm = nn.GroupNorm(4, 2 * width)
         self.join = nn.Conv2d(2 * width, width, 3, padding=1)
 
     def forward(self, x, cond):
         fine = self.fine(self.stem(F.pixel_unshuffle(x, 2)), cond)
-        coarse = self.coarse1(self.mix1(self.down(fine)), cond)
-        coarse = self.coarse2(self.mix2(coarse), cond)
+        coarse = self.coarse2(self.coarse1(self.down(fine), cond), cond)
         both = torch.cat([fine, F.interpolate(self.up(coarse), scale_factor=2.0)], 1)
         return self.join(F.silu(self.norm(both)))
 
@@ -197,9 +189,11 @@ class DigitClassifier(nn.Module):
 
     The paper's network returns the logits of all T+2 levels; this one only those asked about. It is
     not told which of them is the true one, so it is a classifier all the same. It knows levels by
-    their noise, not by their number, and so serves any schedule."""
+    their noise, not by their number, and so serves any schedule.
 
-    def __init__(self, images, width):
+    In a DDM the network is the same, but is `told` the level of x from the start."""
+
+    def __init__(self, images, width, told=False):
         super().__init__()
         self.trunk, self.mixture = Trunk(images.shape[-1], width), PixelMixture(images, width)
         self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
@@ -208,41 +202,24 @@ class DigitClassifier(nn.Module):
         self.constant = nn.Linear(32, 1, bias=False)            # for each level, learned
         nn.init.zeros_(self.label.weight)
         nn.init.zeros_(self.constant.weight)
-
-    def class_vector(self, x, y):
-        """Classes (B,) as vectors (B, 32); number CLASSES stands for an unknown class."""
-        return self.label(torch.full((len(x),), CLASSES, device=x.device) if y is None else y)
-
-    def ask(self, features, pixels, alpha, sigma):
-        """The log-ratio (B,) of pixels (B, d), but for the constant. alpha, sigma: (B,)."""
-        h = self.norm1(features + self.level(waves(alpha, sigma))[:, :, None, None])
-        h = self.norm2(features + self.last(F.silu(h)))
-        sigma = sigma.clamp(min=3e-4)      # at level 0, greys would be infinitely narrow
-        return self.mixture(F.silu(h), pixels, alpha, sigma)
+        self.told = told
 
     def forward(self, x, alpha, sigma, y=None):
-        n = alpha.shape[1]
-        features = self.trunk(x, self.class_vector(x, y)).repeat_interleave(n, 0)     # (B n, ..)
-        pixels = x.flatten(1).repeat_interleave(n, 0)
-        ratio = self.ask(features, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
+        n, level = alpha.shape[1], waves(alpha, sigma)                                # (B, n, 32)
+        if y is None:
+            y = torch.full((len(x),), CLASSES, device=x.device)       # stands for an unknown class
+        if self.told:                                # one level; no gradient in x by the features
+            features = self.trunk(x.detach(), self.label(y) + level[:, 0])
+        else:
+            features = self.trunk(x, self.label(y))
+        features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
+        h = self.norm1(features + self.level(level).flatten(0, 1)[:, :, None, None])
+        h = F.silu(self.norm2(features + self.last(F.silu(h))))                       # (B n, ..)
+        sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
+        ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
         no_signal = waves(torch.zeros_like(alpha), torch.ones_like(sigma))            # level T+1
-        constant = self.constant(waves(alpha, sigma) - no_signal)[..., 0]      # is 0 at level T+1
-        return ratio + 10 * constant                                           # 10: learns faster
-
-
-class DigitDenoiser(DigitClassifier):
-    """A DDM's network of the same parts, for alpha and sigma (B, 1): all of it is told the level of
-    x, and eps_hat is -sigma_t gradient of log p_t, its features held fixed."""
-
-    def __init__(self, images, width):
-        super().__init__(images, width)
-        del self.constant
-
-    def forward(self, x, alpha, sigma, y=None):
-        alpha, sigma = alpha[:, 0], sigma[:, 0]
-        features = self.trunk(x, waves(alpha, sigma) + self.class_vector(x, y))
-        gradient = torch.func.grad(lambda pixels: self.ask(features, pixels, alpha, sigma).sum())
-        return sigma[:, None, None, None] * (x - gradient(x.flatten(1)).view_as(x))
+        constant = self.constant(level - no_signal)[..., 0]                # is 0 at level T+1
+        return ratio + 10 * constant                                       # 10: learns faster
 
 
 class DigitCDM(CDM):
@@ -254,11 +231,13 @@ class DigitCDM(CDM):
 
 
 class DigitDDM(DDM):
-    """A DDM whose network is told the level by its noise."""
+    """A DDM of the same network; eps_hat is the gradient of its mixture, with fixed features."""
 
     def predict_noise(self, xt, t):
-        t = self.level(t, xt)[:, None]
-        return self.net(xt, self.alpha[t], self.sigma[t])
+        levels = self.level(t, xt)[:, None]
+        alpha, sigma = self.alpha[levels], self.sigma[levels]                             # (B, 1)
+        gradient = torch.func.grad(lambda x: self.net(x, alpha, sigma).sum())(xt)
+        return sigma[..., None, None] * (xt - gradient)
 
 
 def log_lattice(x, alpha, sigma):
@@ -279,16 +258,14 @@ def log_lattice(x, alpha, sigma):
 def build(config, images=None):
     """The untrained model of a configuration (model, dataset, width). images (N, 1, H, W) give the
     histograms of the pixels; without them, weights have to be loaded."""
-    size = SIZE[config["dataset"]]
-    images = torch.zeros(1, 1, size, size) if images is None else images
-    schedule = log_snr_schedule(64, CLEANEST, NOISIEST)
-    if config["model"] == "ddm":
-        return DigitDDM(DigitDenoiser(images, config["width"]), schedule)
-    return DigitCDM(DigitClassifier(images, config["width"]), schedule)
+    if images is None:
+        images = torch.zeros(1, 1, SIZE[config["dataset"]], SIZE[config["dataset"]])
+    family = {"cdm": DigitCDM, "ddm": DigitDDM}[config["model"]]
+    net = DigitClassifier(images, config["width"], told=family is DigitDDM)
+    return family(net, log_snr_schedule(64, CLEANEST, NOISIEST))
 
 
 # --------------------------------------------------------------------------------------- training
-
 W_CE = 0.02                     # the denoising error must lead: toy_2d.py --chasm shows why
 UNLABELLED = 0.2                # the share of rows whose class is hidden; they teach p(x)
 
@@ -328,10 +305,9 @@ def last_checkpoint(path, config, resume):
     if not path.exists():
         return sys.exit(f"--resume: there is no {path}") if resume else None
     kept = torch.load(path, map_location="cpu", weights_only=True)
-    if kept["config"] != config:
-        sys.exit(f"{path} is of {kept['config']}, not of {config}: name another --out")
-    if not resume and kept["step"] < config["steps"]:
-        sys.exit(f"{path} was stopped at step {kept['step']}: add --resume, or name another --out")
+    if kept["config"] != config or not (resume or kept["step"] == config["steps"]):
+        sys.exit(f"{path} is step {kept['step']} of {kept['config']}. Add --resume if this is the "
+                 "run to go on with, or name another --out")
     return kept if resume else None
 
 
@@ -384,8 +360,6 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
 
 
 # -------------------------------------------------------------------------------------- measuring
-
-
 @torch.no_grad()
 def batches(function, x):
     """function of a hundred rows of x at a time, joined, as float64 on the CPU."""
@@ -395,28 +369,26 @@ def batches(function, x):
 def likelihood(model, images, config):
     """Print the bits/dim of 8-bit images by one forward pass of a CDM, and three checks of it."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
-    x1, slow = model.add_noise(x0, 1, torch.randn_like(x0)), config["slow"]
-
-    def row(name, values):
-        error = values.std().item() / len(values) ** 0.5
-        print(f"  {name:52s} {values.mean().item():6.3f} +- {error:.3f}", flush=True)
-        return values.mean().item(), error
+    x1 = model.add_noise(x0, 1, torch.randn_like(x0))
+    few = x1[:config["slow"]]
 
     def bits(log_p1, x):
         return bits_per_dim(batches(log_p1, x), sigma1, d)
 
     one_pass = bits(lambda x: model.log_prob(x, 1), x1)
-    value, error = row(f"bits/dim by one forward pass, {len(x1)} images", one_pass)
     bound = bits(lambda x: elbo(model, x), x0[:config["elbo"]])
-    row(f"ELBO minus one pass, on {len(bound)} of them", bound - one_pass[:len(bound)])
-    flow = bits(lambda x: ode_log_prob(model, x, probes=1), x1[:slow])
-    row(f"probability-flow ODE minus one pass, on {slow} of them", flow - one_pass[:slow])
+    flow = bits(lambda x: ode_log_prob(model, x, probes=1), few)
+    for name, values in (("bits/dim by one forward pass", one_pass),
+                         ("ELBO minus one pass", bound - one_pass[:len(bound)]),
+                         ("probability-flow ODE minus one pass", flow - one_pass[:len(flow)])):
+        mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
+        print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}")
     finer = DigitCDM(model.net, log_snr_schedule(config["fine"], CLEANEST, NOISIEST))
-    below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(x1.device), x1[:slow]))
+    below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
     log_z, half = (below + above) / 2, (above - below) / 2         # half < 0 would be an alarm
-    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {log_z:6.3f} +- {half:.3f}\n"
-          f"To be quoted is one pass + log Z: {value + log_z:.3f} +- {math.hypot(error, half):.3f} "
-          "bits/dim.", flush=True)
+    total, error = one_pass.mean() + log_z, one_pass.std() / len(one_pass) ** 0.5
+    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {log_z:6.3f} +- {half:.3f}")
+    print(f"To be quoted is one pass + log Z: {total:.3f} +- {math.hypot(error, half):.3f} bits/dim.")
 
 
 def make_judge(images, labels, steps=600):
@@ -452,29 +424,26 @@ def quality(models, train_set, test_set, n):
     """Print how far n samples are from the test digits, beside n real digits. "Label first": of
     p(x | y), as many of each class. To draw a label, then the digit, is to sample p(x) too."""
     judge, body = make_judge(*train_set)
-    real = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
-    y = torch.arange(100, device=real.device).to(train_set[1]) % CLASSES
+    target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
+    order = torch.randperm(len(train_set[1])).to(train_set[1])      # neighbours share their writer
+    y = torch.arange(100).to(order) % CLASSES
+    drawn = {"real (training) digits": None}
+    for name, model in models.items():
+        drawn |= {f"{name}, label first": given(model, y), f"{name}, free": model}
     print(f"\n| {n:7d} samples, DDPM     | Frechet distance | 90 % sure | ms each |\n"
           "| ------------------------ | ---------------- | --------- | ------- |")
-
-    def row(name, x0, begun):
+    for name, model in drawn.items():
+        begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
+        if model is None:
+            x0 = of_each_class(*(v[order] for v in train_set), n // CLASSES)
+        else:
+            x0 = torch.cat([sample(model, x, None, "ddpm") for x in noise.split(100)])
+        ms, distance = 1000 * (time.time() - begun) / n, frechet(batches(body, x0), target)
         sure = batches(lambda x: judge(x).softmax(1).amax(1) >= 0.9, x0).mean()
-        print(f"| {name:24s} | {frechet(batches(body, x0), real):16.2f} | {100 * sure:7.1f} % | "
-              f"{1000 * (time.time() - begun) / len(x0):7.1f} |", flush=True)
-
-    order = torch.randperm(len(train_set[1])).to(y.device)          # neighbours share their writer
-    row("real (training) digits", of_each_class(*(v[order] for v in train_set), n // CLASSES),
-        time.time())
-    for name, model in models.items():
-        for kind, one in (("label first", given(model, y)), ("free", model)):
-            begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
-            x0 = torch.cat([sample(one, x, None, "ddpm") for x in noise.split(100)])
-            row(f"{name}, {kind}", x0, begun)
+        print(f"| {name:24s} | {distance:16.2f} | {100 * sure:7.1f} % | {ms:7.1f} |", flush=True)
 
 
 # ---------------------------------------------------------------------------------------- figures
-
-
 def picture(ax, x0, title):
     """Images (rows, columns, 1, H, W) as one, black -1 to white 1."""
     x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)                  # a pixel between neighbours
@@ -523,26 +492,39 @@ def show_levels(model, image, path):
 def show_errors(models, images, train_images, path):
     """The MSE of eps_hat at each level, divided by that of the best linear denoiser (compare figure
     4 of the paper). Prints its mean over levels, and the ELBO, of all models on the same images."""
-    x0, d, fig = to_x0(images), images[0].numel(), plt.figure(figsize=(6, 3), layout="constrained")
-    ax, eps = fig.gca(), torch.randn_like(x0)
+    x0, d = to_x0(images), images[0].numel()
+    eps = torch.randn_like(x0)
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     print(f"\n| {len(x0):5d} images | weights | ELBO, bits/dim | MSE / best linear denoiser's |\n"
           "| ------------ | ------- | -------------- | ---------------------------- |")
-    for (name, model), style in zip(models.items(), ("-", "--", ":", "-.")):
-        levels, sigma1 = range(1, model.T + 1), model.schedule.sigma[1].item()
+    for name, model in models.items():
+        alpha, sigma = model.schedule
         mse = torch.tensor([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps)
-                            for t in levels])
-        relative = mse / best_linear_mse(train_images, model.schedule)[1:-1]
-        bound = bits_per_dim(batches(lambda x: elbo(model, x), x0), sigma1, d).mean()
+                            for t in range(1, model.T + 1)])
+        mse = mse / best_linear_mse(train_images, model.schedule)[1:-1]
+        bound = bits_per_dim(batches(lambda x: elbo(model, x), x0), sigma[1].item(), d).mean()
         print(f"| {name:12s} | {sum(p.numel() for p in model.parameters()):7d} | {bound:14.4f} | "
-              f"{relative.mean():28.4f} |", flush=True)
-        ax.plot(2 * (model.schedule.alpha / model.schedule.sigma).log()[1:-1], relative, style,
-                label=name)
+              f"{mse.mean():28.4f} |", flush=True)
+        ax.plot(2 * (alpha / sigma).log()[1:-1], mse, label=name)
     ax.set(xlabel="log-SNR (left: noise)", title="MSE of eps_hat / the best linear denoiser's")
     ax.legend()
     fig.savefig(path, dpi=100)
 
 
 # ------------------------------------------------------------------------------------------- main
+def measure(models, train_set, test_set, config, out):
+    """One screen of numbers on the test set, and three pictures."""
+    images = test_set[0][:config["one_pass"]]
+    show_samples(models, *test_set, out / "samples.png")
+    for name, model in models.items():
+        if isinstance(model, CDM):
+            print(f"\n{name}")
+            likelihood(model, images, config)
+            show_levels(model, images[:1], out / "levels.png")
+    show_errors(models, images[:config["elbo"]], train_set[0], out / "errors.png")
+    if config["samples"]:
+        quality(models, train_set, test_set, config["samples"])
+    print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
 def arguments():
@@ -557,9 +539,9 @@ def arguments():
     add("--out", type=Path, help="folder for results (runs/ and what the run is)")
     add("--weights", nargs="+", metavar="FILE", help="measure these files, without any training")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    for name, text in (("steps", "training steps"), ("batch", "images a step"),
-                       ("width", "channels, a multiple of 4")):
-        add(f"--{name}", type=int, help=f"{text} ({FULL[name]}, quick {QUICK[name]})")
+    add("--steps", type=int, help="steps of the training")
+    add("--batch", type=int, help="images a step")
+    add("--width", type=int, help="channels of the network, a multiple of 4")
     add("--seed", type=int, default=0)
     args = p.parse_args()
     if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)) or (
@@ -574,8 +556,6 @@ def main():
     args = arguments()
     config = {name: vars(args).get(name) or value                  # the flags override the preset
               for name, value in (QUICK if args.quick else FULL).items()}
-    trained = dict(model=args.model, dataset=args.dataset, seed=args.seed,
-                   **{name: config[name] for name in ("width", "batch", "steps", "lr")})
     run = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
     out = args.out or Path("runs", run)
     out.mkdir(parents=True, exist_ok=True)
@@ -586,35 +566,22 @@ def main():
         if args.weights:
             names = [Path(path).stem for path in args.weights]
             names = names if len(set(names)) == len(names) else args.weights
-            models = {name: load(path, args.device, args.dataset)
-                      for name, path in zip(names, args.weights)}
+            loaded = [load(path, args.device, args.dataset) for path in args.weights]
+            models = dict(zip(names, loaded))
         else:
-            print(f"training a {args.model}: {trained}", flush=True)
+            trained = dict(model=args.model, dataset=args.dataset, seed=args.seed,
+                           **{name: config[name] for name in ("width", "batch", "steps", "lr")})
+            print(f"training: {trained}", flush=True)
             models = {args.model: train(trained, *train_set, args.device, out, args.resume,
                                         args.compile)}
         torch.manual_seed(args.seed)
-        measure(models, *([v.to(args.device) for v in part] for part in (train_set, test_set)),
-                config, out)
+        train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
+        measure(models, train_set, test_set, config, out)
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
     if args.quick and not args.weights:
         print("This was a short training. The README shows what a long one gives: on MNIST 1.12 "
               "bits/dim, and digits that a classifier reads with certainty.")
-
-
-def measure(models, train_set, test_set, config, out):
-    """One screen of numbers on the test set, and three pictures."""
-    images = test_set[0][:config["one_pass"]]
-    show_samples(models, *test_set, out / "samples.png")
-    for name, model in models.items():
-        if isinstance(model, CDM):
-            print(f"\n{name}")
-            likelihood(model, images, config)
-            show_levels(model, images[:1], out / "levels.png")
-    show_errors(models, images[:config["elbo"]], train_set[0], out / "errors.png")
-    if config["samples"]:
-        quality(models, train_set, test_set, config["samples"])
-    print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
 if __name__ == "__main__":

@@ -436,7 +436,7 @@ def test_the_digit_denoiser_starts_as_the_digit_classifier_and_learns_everywhere
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 20, 40, 64])
     assert_close(ddm.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
     ddm.losses(x)[1].backward()
-    assert all(p.grad is not None for p in ddm.parameters())
+    assert [n for n, p in ddm.named_parameters() if p.grad is None] == ["net.constant.weight"]
 
 
 def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_in_any_number():
@@ -524,8 +524,8 @@ def test_a_cdm_and_a_ddm_train_resume_and_are_measured_together(monkeypatch, cap
     run_digits(tmp_path / "a ddm", "--steps", 3, "--model", "ddm")
     run_digits(tmp_path / "b")
     monkeypatch.setattr(mnist, "save", stop)
-    for why, *flags in (["--resume goes on from it"], ["stopped at step 100: add --resume"],
-                        ["is of .*, not of .*: name another", "--resume", "--batch", 32]):
+    for why, *flags in (["--resume goes on from it"], ["step 100 of .* Add --resume"],
+                        ["is step .* name another", "--resume", "--batch", 32]):
         with pytest.raises(SystemExit, match=why):
             run_digits(out, *flags)
     monkeypatch.setattr(mnist, "save", save)
@@ -605,7 +605,7 @@ def test_the_readme_names_files_and_flags_that_there_are():
         known = set(re.findall(r'add\("(--\w+)"', (HERE / f"{script}.py").read_text("utf-8")))
         commands = " ".join(re.findall(rf"python {script}\.py([^`#|\n]*)", README))
         used = set(re.findall(r"--[a-zA-Z][\w-]*", commands))
-        assert used and used - known <= {"--steps", "--batch", "--width"}, used - known
+        assert used and used <= known, used - known
 
 
 def test_the_code_in_the_readme_runs_or_is_that_of_cdm(capsys):
