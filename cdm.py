@@ -174,24 +174,22 @@ class CDM(DDM):
 
     def predict_noise(self, xt, t):
         """Theorem 3.1: E[eps | x_t = xt] = sigma_t (xt - gradient of the log-ratio at t)."""
-        t = self.level(t, xt)
-        return self.ratio_and_noise(xt, t[:, None], torch.zeros_like(t))[1]
+        return self.ratio_and_noise(xt, self.level(t, xt)[:, None])[1]
 
-    def ratio_and_noise(self, xt, levels, which):
-        """The log-ratios (B, n) at `levels`, and eps_hat at one level a row: column `which` (B,).
+    def ratio_and_noise(self, xt, levels):
+        """The log-ratios at all `levels` (B, n), and eps_hat at the first of them, levels[:, 0].
 
         By Tweedie's formula, eps_hat = -sigma_t gradient of log p_t; by theorem 3.2, log p_t is the
         log-ratio plus log N(x; 0, I), and the gradient of the latter is -x."""
-        which = which[:, None]
 
         def ratio_at_t(x):
             ratio = self.log_ratio(x, levels)                                             # (B, n)
-            return ratio.gather(1, which).sum(), ratio
+            return ratio[:, 0].sum(), ratio
 
         # No row's ratio depends on another row, so the gradient of their sum holds that of each.
         # Both results can be differentiated once more, with respect to the weights: for training.
         gradient, ratio = torch.func.grad(ratio_at_t, has_aux=True)(xt)
-        _, sigma = self.scales(levels.gather(1, which)[:, 0], xt)
+        _, sigma = self.scales(levels[:, 0], xt)
         return ratio, sigma * (xt - gradient)
 
     def losses(self, x0, w_mse=1.0):
@@ -203,13 +201,12 @@ class CDM(DDM):
         T+1, where eps_hat is fixed. First a window of K neighbouring levels is drawn, then the true
         level in it, all with the same chance: p(t | x, window) is a softmax of its K logits."""
         K = self.window or self.T + 2
-        windows = self.T + 3 - K
-        pick = stratified(len(x0), windows * K, x0.device)              # a window and a place in it
-        first, which = pick // K, pick % K
-        levels = first[:, None] + torch.arange(K, device=x0.device)                       # (B, K)
-        t, eps = self.level(first + which, x0), torch.randn_like(x0)
-        ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels, which)
-        return F.cross_entropy(ratio, which), self.mse(eps_hat, eps, t, w_mse)
+        pick = stratified(len(x0), (self.T + 3 - K) * K, x0.device)[:, None]
+        first, place = pick // K, pick % K                  # of the window; of the true level in it
+        levels = first + (place + torch.arange(K, device=x0.device)) % K    # (B, K), true one first
+        t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
+        ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
+        return F.cross_entropy(ratio, torch.zeros_like(t)), self.mse(eps_hat, eps, t, w_mse)
 
 
 # ------------------------------------------------------------------------- samples, and labels
