@@ -3,21 +3,23 @@
 Read it beside the paper: Yadin, Elata, Michaeli, "Classification Diffusion Models: Revitalizing
 Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an unknown amount of noise and
 classifies how noisy it is. That is all it outputs, and yet its logits l_t(x) contain a diffusion
-model and a likelihood, which are exact if the classifier is:
+model and a likelihood. Both are exact for the ideal classifier.
 
-    noise         x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
-    classifier    softmax(l(x))_t = p(t | x),        t drawn uniformly from the T+2 levels
-    theorem 3.2   log p_t(x) = l_t(x) - l_{T+1}(x) + log N(x; 0, I)
-    theorem 3.1   E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
+    t               the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise
+    alpha, sigma    scale of the signal and of the noise at each level, (T+2,)
+    log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
+    x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
+    eps, eps_hat    the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
+    p_t             the density of x_t; level 0 is there for p_0, the density of the data
 
-    t                the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise
-    alpha, sigma     scale of the signal and of the noise at each level, (T+2,)
-    log-SNR          log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
-    x0, xt           a clean sample and its noisy version: (B, ...), a batch of B rows
-    eps, eps_hat     the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
+    noise           x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
+    classifier      softmax(l(x))_t = p(t | x),        t drawn uniformly from the T+2 levels
+    theorem 3.2     log p_t(x) = l_t(x) - l_{T+1}(x) + log N(x; 0, I)
+    theorem 3.1     E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
-Level 0 has no noise to remove; it is there because p_0 is the density of the data, which we want.
-Log-likelihoods are in nats. The three audits at the end may be skipped at first.
+Theorem 3.2 is Bayes' rule. Theorem 3.1 is its gradient, by Tweedie's formula: E[eps | x_t] is
+-sigma_t times the gradient of log p_t. Log-likelihoods are in nats. Input that cannot be meant,
+such as an unknown level, is a ValueError. The three audits at the end may be skipped at first.
 """
 
 import copy
@@ -35,10 +37,10 @@ Schedule = namedtuple("Schedule", "alpha sigma")
 
 
 def ddpm_schedule(T=1000):
-    """alpha_t^2 is a product of factors 1 - beta, where beta grows from 1e-4 to 0.02 in 1000 steps
-    (Ho et al. 2020). A level stands for 1000/T of them, so that alpha_T^2 = 4e-5 for any T."""
-    beta = F.pad(torch.linspace(1e-4, 0.02, T, dtype=torch.float64), (1, 1))
-    beta[-1] = 1.0                                                # nothing is left at level T+1
+    """alpha_t^2 is a product of factors 1 - beta; beta grows from 1e-4 to 0.02 (Ho et al. 2020).
+    That is for T = 1000. Each of fewer levels stands for 1000/T steps: alpha_T^2 stays 4e-5."""
+    beta = F.pad(torch.linspace(1e-4, 0.02, T, dtype=torch.float64), (1, 1))   # alpha_0 = 1
+    beta[-1] = 1.0                                                             # alpha_{T+1} = 0
     alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))
     return Schedule(torch.sqrt(alpha2), torch.sqrt(1 - alpha2))
 
@@ -56,32 +58,32 @@ def ot_schedule(T=1000):
 
 
 def log_snr_schedule(T=256, first=14.0, last=-8.0):
-    """The log-SNR falls linearly, from `first` at t = 1 to `last` at t = T: no two neighbours are
-    farther apart than others, and so too easily told apart for a classifier to learn from."""
+    """The log-SNR falls evenly, from `first` at t = 1 to `last` at t = T, so that no pair of
+    neighbours is much easier to tell apart than another. alpha_t^2 + sigma_t^2 = 1."""
     log_snr = F.pad(torch.linspace(first, last, T, dtype=torch.float64), (1, 1))
     log_snr[0], log_snr[-1] = math.inf, -math.inf
     return Schedule(torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr)))
 
 
 def log_normal(x):
-    """log N(x; 0, I) in nats, (B, ...) -> (B,). ValueError in half precision, which loses nats."""
+    """log N(x; 0, I) in nats, (B, ...) -> (B,). Half precision is refused: it loses nats."""
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"a likelihood needs float32 or float64, got {x.dtype}")
     return -0.5 * (x * x + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
 def stratified(B, n, device=None):
-    """B integers (B,), each uniform in 0 .. n-1, evenly spread, so that losses vary less."""
+    """B integers (B,), each uniform in 0 .. n-1, evenly spread, so that a loss varies less."""
     share = (torch.randperm(B, device=device) + torch.rand((), device=device)) / B    # in 0 .. 1
     return (share * n).long().clamp(max=n - 1)              # rounding may have given share = 1
 
 
-# ------------------------------------------------------------------ a diffusion model, the rival
+# ------------------------------------------------------------- a diffusion model of the usual kind
 class DDM(torch.nn.Module):
     """A denoising diffusion model: net(xt, t) -> eps_hat is told the level t, long (B,).
 
-    A level t is an int in 0 .. T+1 or a long tensor (B,). Other levels, integer data, an empty
-    batch and a bad schedule are ValueErrors. A state_dict does not hold the schedule."""
+    In all methods a level t is an int in 0 .. T+1 or a long tensor (B,), whose values are not
+    checked. A state_dict does not hold the schedule."""
 
     def __init__(self, net, schedule):
         super().__init__()
@@ -102,11 +104,12 @@ class DDM(torch.nn.Module):
         return self.net(xt, self.level(t, xt))
 
     def losses(self, x0, w_mse=1.0):
-        """0, as there is no classifier, and the denoising error (Ho et al. 2020); see CDM."""
+        """The same pair as CDM.losses; but the first is 0, as here is no classifier, and t is in
+        1 .. T (Ho et al. 2020)."""
         t = self.level(1 + stratified(len(x0), self.T, x0.device), x0)
         eps = torch.randn_like(x0)
         eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
-        return torch.zeros_like(self.alpha[0]), self.mse(eps_hat, eps, t, w_mse)
+        return x0.new_zeros(()), self.mse(eps_hat, eps, t, w_mse)
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -139,7 +142,8 @@ class DDM(torch.nn.Module):
     def mse(self, eps_hat, eps, t, weight):
         """The mean squared error of eps_hat. weight: a number, or one for each level (T+2,)."""
         error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
-        return (torch.as_tensor(weight).to(error).expand(self.T + 2)[t] * error).mean()
+        weight = torch.as_tensor(weight).to(error).expand(self.T + 2)
+        return (weight[t] * error).mean()
 
 
 # ----------------------------------------------------------------- the classifier (section 3)
@@ -147,14 +151,14 @@ class CDM(DDM):
     """A diffusion model whose denoiser comes from a classifier, net(x) -> logits (B, T+2).
 
     The network is not told how noisy x is: to find that is its task. Rows must not influence each
-    other (no BatchNorm). Training differentiates a gradient, so activations must be smooth (SiLU,
-    not ReLU), and torch.func refuses activation checkpointing. A network that is asked about some
-    levels only needs a subclass with a log_ratio of its own, the one method that calls it."""
+    other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
+    ReLU), and activation checkpointing fails. If your network takes the levels as an input, let a
+    subclass override log_ratio, the only method that calls the network."""
 
-    window = None        # how many neighbouring levels the cross-entropy compares; None: all T+2
+    window = None           # how many neighbouring levels `losses` compares; None: all T+2
 
     def log_ratio(self, x, levels):
-        """log [p_t(x) / p_{T+1}(x)] in nats at the levels t asked for, (B, n) -> (B, n).
+        """log [p_t(x) / p_{T+1}(x)] in nats, (B, n), at the levels t (B, n) that are asked for.
 
         All levels are equally likely, so by Bayes' rule softmax(logits)_t is p_t(x) times a factor
         that is the same for all t. A difference of two logits is the log of a ratio of densities,
@@ -168,7 +172,7 @@ class CDM(DDM):
         """Theorem 3.2: log p_t(x) in nats, (B,), in one forward pass. t = 0: the data's density.
 
         The network may output any function of x, so nothing forces this density to integrate to 1:
-        annealed_log_z measures what it integrates to. ValueError in half precision."""
+        annealed_log_z measures what it integrates to."""
         ratio = self.log_ratio(x, self.level(t, x)[:, None])[:, 0]
         return ratio + log_normal(x.to(ratio))
 
@@ -180,7 +184,8 @@ class CDM(DDM):
         """The log-ratios at all `levels` (B, n), and eps_hat at the first of them, levels[:, 0].
 
         By Tweedie's formula, eps_hat = -sigma_t gradient of log p_t; by theorem 3.2, log p_t is the
-        log-ratio plus log N(x; 0, I), and the gradient of the latter is -x."""
+        log-ratio plus log N(x; 0, I), and the gradient of the latter is -x. Training compares many
+        levels, of which the first is the true one."""
 
         def ratio_at_t(x):
             ratio = self.log_ratio(x, levels)                                             # (B, n)
@@ -196,13 +201,16 @@ class CDM(DDM):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
 
-        Cross-entropy learns nothing from levels that it never confuses. The error teaches gradients
-        there too, but no constant that is added to a level's logit, and nothing at levels 0 and
-        T+1, where eps_hat is fixed. First a window of K neighbouring levels is drawn, then the true
-        level in it, all with the same chance: p(t | x, window) is a softmax of its K logits."""
+        Cross-entropy teaches how much likelier x is at one level than at another, but it is silent
+        about levels that are told apart with certainty. The denoising error teaches the gradient at
+        every level, but does not see a constant added to the logit of a level, nor levels 0 and
+        T+1, where eps_hat is fixed. A window of K neighbouring levels is drawn, then the true level
+        in it, both uniformly: then p(t | x, window) is the softmax of the K logits in the window.
+        """
         K = self.window or self.T + 2
-        pick = stratified(len(x0), (self.T + 3 - K) * K, x0.device)[:, None]
-        first, place = pick // K, pick % K                  # of the window; of the true level in it
+        windows = self.T + 2 - K + 1
+        pick = stratified(len(x0), windows * K, x0.device)[:, None]     # a window and a place in it
+        first, place = pick // K, pick % K
         levels = first + (place + torch.arange(K, device=x0.device)) % K    # (B, K), true one first
         t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
@@ -211,28 +219,28 @@ class CDM(DDM):
 
 # ------------------------------------------------------------------------- samples, and labels
 def noising_step(schedule, s, t):
-    """For s < t: alpha_ts and std_ts of the noising, q(x_t | x_s) = N(alpha_ts x_s, std_ts^2 I),
-    and the standard deviation of r(x_s | x_t), the DDPM step back."""
+    """alpha_ts and std_ts of the noising from level s to t > s, q(x_t | x_s) = N(alpha_ts x_s,
+    std_ts^2 I), and the standard deviation of x_s given x_t and x_0, with which DDPM steps back."""
     alpha, sigma = schedule
     alpha_ts = float(alpha[t] / alpha[s])
-    std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)
+    std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)      # the variances add up
     return alpha_ts, std_ts, std_ts * float(sigma[s] / sigma[t])
 
 
-@torch.no_grad()            # about the weights; the gradient in x that a CDM needs is taken anyway
+@torch.no_grad()            # this is about the weights; a CDM takes its gradient in x all the same
 def sample(model, x, steps=None, method="ddim"):
-    """Samples (B, ...) by `steps` calls of predict_noise, 1 .. T (None: T), from noise x ~ N(0, I).
+    """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
 
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, of second order, for few steps (Lu et al. 2022). x is taken for a sample
     of level T, so alpha_T should be nearly 0: in uniform_schedule(50) it is 0.2, and DDIM's mean
-    is 4 % too small for data N(m, 0.2^2). ValueError for another method or number of steps."""
+    comes out 4 % short, for data N(m, 0.2^2)."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
-    levels = [model.T - i * model.T // int(steps) for i in range(steps + 1)]             # T .. 0
-    last_x0_hat, last_h = None, None                     # h: size of a step in log(alpha / sigma)
+    levels = [model.T - i * model.T // steps for i in range(steps + 1)]             # T .. 0
+    last_x0_hat, last_h = None, None                  # h: length of a step in log(alpha / sigma)
     for t, s in pairwise(levels):                                       # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
@@ -241,7 +249,7 @@ def sample(model, x, steps=None, method="ddim"):
             h, x0_here = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s])), x0_hat
             if last_h is not None:
                 x0_hat = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
-                eps_hat = (x - alpha[t] * x0_hat) / sigma[t]
+                eps_hat = (x - alpha[t] * x0_hat) / sigma[t]        # both still make up x
             last_x0_hat, last_h = x0_here, h
         kept = math.sqrt(max(0, sigma[s] ** 2 - std ** 2))
         x = alpha[s] * x0_hat + kept * eps_hat + std * torch.randn_like(x)
@@ -262,7 +270,7 @@ class Given(torch.nn.Module):
 
 
 def given(model, y, guidance=0.0):
-    """The same model, with the same weights, of p(x | y) for labels y, long (B,), else ValueError.
+    """The model with the same weights that is one of p(x | y), for the labels y, long (B,).
 
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
     change, out(y) + w (out(y) - out()): more typical samples, but no density (Ho, Salimans 2022).
@@ -279,11 +287,11 @@ def given(model, y, guidance=0.0):
 # --------------------------------------------------- three audits: is the likelihood believable?
 @torch.no_grad()
 def elbo(model, x0):
-    """A lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for any model: p_1 is what DDPM draws.
+    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,); p_1 is what DDPM draws in endless steps.
 
-        bound = E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2
-    over the log-SNR, where x_0 has d numbers (Kingma et al. 2021). A classifier's constants play no
-    part. ValueError if levels are over 1 apart in log-SNR: too far for the trapezoid rule."""
+    E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
+    for x_0 of d numbers (Kingma et al. 2021), by the trapezoid rule: neighbouring levels may be 1
+    apart in log-SNR at most. A wrong constant in a classifier's logit does not show in it."""
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
     if (log_snr.diff() < -1 - 1e-9).any():
@@ -300,19 +308,19 @@ def elbo(model, x0):
 
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
-    """log p_t(x) in nats, (B,), for any model: p_t is what its deterministic sampler draws.
+    """log p_t(x) in nats, (B,), at a level t in 1 .. T-1; p_t is what the ODE sampler draws.
 
-    The probability-flow ODE (Song et al. 2021) leads from level t, 1 .. T-1 (else ValueError), to
-    T. In y = x / alpha and tau = sigma / alpha it is dy/dtau = eps_hat, and log p(y) falls by the
-    divergence of eps_hat: it takes d backward passes for x of d numbers, or is estimated without
-    bias from `probes` random vectors of signs (Hutchinson)."""
+    The probability-flow ODE (Song et al. 2021) leads from level t to T. For y = x / alpha and
+    tau = sigma / alpha it is dy/dtau = eps_hat, and d log p(y) / dtau = -divergence of eps_hat.
+    That takes d backward passes for x of d numbers; or `probes` of them, each with a random vector
+    of signs, estimate it without bias (Hutchinson)."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
     (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x[0].numel()
     vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
     if probes:
         vectors = torch.randint(2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
-    y, slopes = x / alpha[t], []                          # slopes of log p(y) in log(tau)
+    y, slopes = x / alpha[t], []              # d log p(y) / d log(tau); tau d/dy is sigma d/dx
     for s in range(t, T + 1):
         eps_hat, pull = torch.func.vjp(lambda xs: model.predict_noise(xs, s), alpha[s] * y)
         trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)       # v^T Jacobian v
@@ -328,10 +336,9 @@ def ode_log_prob(model, x, t=1, probes=0):
 
 @torch.no_grad()
 def annealed_log_z(model, x1):
-    """Two floats, nats, between which log Z lies, but for their sampling error. Z is what a CDM's
-    exp(log_prob(x, 1)) integrates to, and should be 1. More levels bring the two closer together.
-
-    Annealed importance sampling (Neal 2001) weighs a path x_1 .. x_T by
+    """Two numbers in nats that enclose log Z, but for their sampling error. Z is what a CDM's
+    exp(log_prob(x, 1)) integrates to: it should be 1. More levels narrow the gap, as far as the
+    denoiser is right. Annealed importance sampling (Neal 2001) weighs a path x_1 .. x_T by
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
     upward, by q from x1 (B, ...), the data at level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, if
@@ -370,8 +377,8 @@ def bits_per_dim(log_p1, sigma1, d):
     log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0). Grey value k is (2k+1)/256 - 1.
 
     Grey values have no density, but x_1 has: its noise blurs them. If sigma_1 is at most an eighth
-    of a grey step (else ValueError), k can be read off x_1 to 1e-4 bits, and the noise, which is no
-    part of the image, is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]."""
+    of a grey step, k can be read off x_1 to 3e-4 bits, and the noise, which is no part of the
+    image, is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     return -math.log2(sigma1 * math.sqrt(2 * math.pi * math.e)) - log_p1 / (d * math.log(2))
