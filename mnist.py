@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_snr_schedule,
-                 ode_log_prob, sample)
+from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_normal,
+                 log_snr_schedule, ode_log_prob, sample)
 
 # width: channels of the network; batch: images a step; lr: the peak learning rate. Then how many
 # images are measured by one_pass, by the elbo, and by what is slow (the ODE, and log Z through
@@ -140,15 +140,15 @@ class PixelMixture(nn.Module):
     full of, and three Gaussians. Noise turns a mixture into another one, a grey value c into
     N(alpha c, sigma^2), N(m, v) into N(alpha m, alpha^2 v + sigma^2), so its log-density is a
     formula. But its weights depend on x itself, so nothing forces the result to integrate to 1:
-    that is what log Z measures. Untrained, it is the exact classifier of independent pixels with
-    such mixtures as histograms, 1.77 bits/dim; all from there to 1.1 was learned."""
+    that is what log Z measures. Untrained, its weights are the histogram of each pixel, which makes
+    1.77 bits/dim; all from there to 1.12 was learned."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
     def __init__(self, images, width):
         super().__init__()
         n, g = len(self.GREYS), self.GAUSSIANS
-        self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)          # 4: for 2x2 pixels
+        self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)     # 4: for each of 2x2 pixels
         nn.init.zeros_(self.read.weight)
         nn.init.zeros_(self.read.bias)
         count = torch.stack([(images == k).flatten(1).sum(0) for k in self.GREYS])       # (n, d)
@@ -159,19 +159,27 @@ class PixelMixture(nn.Module):
         self.register_buffer("mean", torch.linspace(-0.6, 0.6, g)[:, None], persistent=False)
 
     def forward(self, features, x, alpha, sigma):
+        n, g = len(self.GREYS), self.GAUSSIANS
         x, alpha, sigma = x[:, None], alpha[:, None, None], sigma[:, None, None]      # (B, 1, d)
-        n, g, params = len(self.GREYS), self.GAUSSIANS, F.pixel_shuffle(self.read(features), 2)
-        weight, mean, spread = params.flatten(2).split([n + g, g, g], 1)             # (B, .., d)
-        variance = alpha ** 2 * (torch.exp(spread - 1.5) + STEP ** 2) + sigma ** 2
-        of_greys = -((x - alpha * self.grey) / sigma) ** 2 / 2 - sigma.log()
-        of_gaussians = -(x - alpha * (self.mean + mean)) ** 2 / variance / 2 - variance.log() / 2
+        params = F.pixel_shuffle(self.read(features), 2).flatten(2)
+        weight, mean, spread = params.split([n + g, g, g], 1)                        # (B, .., d)
+        variance = torch.exp(spread - 1.5) + STEP ** 2               # one grey step wide at least
+        variance = alpha ** 2 * variance + sigma ** 2
+        of_greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
+        of_gaussians = log_gaussian(x, alpha * (self.mean + mean), variance)
         log_p = torch.cat([of_greys, of_gaussians + log_lattice(x, alpha, sigma)], 1)
-        log_p = torch.logsumexp((weight + self.log_weight).log_softmax(1) + log_p, 1)   # (B, d)
-        return (log_p + x[:, 0] ** 2 / 2).sum(1)     # minus log N(x; 0, 1), without its constant
+        log_weight = (weight + self.log_weight).log_softmax(1)
+        return torch.logsumexp(log_weight + log_p, 1).sum(1) - log_normal(x)
+
+
+def log_gaussian(x, mean, variance):
+    """log N(x; mean, variance) of each number."""
+    return -((x - mean) ** 2 / variance + torch.log(2 * math.pi * variance)) / 2
 
 
 def waves(alpha, sigma):
-    """How a network is told a level: sines and cosines of its log-SNR, (..) -> (.., 32)."""
+    """How a network is told a level: by sines and cosines of where its log-SNR lies between those
+    of level 1 and of level T, (..) -> (.., 32). Level 0 looks like 1, and T+1 like T."""
     log_snr = 2 * (alpha.clamp(min=1e-9) / sigma.clamp(min=1e-9)).log()
     depth = ((CLEANEST - log_snr) / (CLEANEST - NOISIEST)).clamp(0, 1)
     phase = depth[..., None] * torch.arange(1, 17, device=depth.device) * (math.pi / 2)
@@ -205,20 +213,20 @@ class DigitClassifier(nn.Module):
         self.told = told
 
     def forward(self, x, alpha, sigma, y=None):
-        n, level = alpha.shape[1], waves(alpha, sigma)                                # (B, n, 32)
+        n, wave = alpha.shape[1], waves(alpha, sigma)                                 # (B, n, 32)
         if y is None:
             y = torch.full((len(x),), CLASSES, device=x.device)       # stands for an unknown class
-        if self.told:                                # one level; no gradient in x by the features
-            features = self.trunk(x.detach(), self.label(y) + level[:, 0])
+        if self.told:                      # a DDM needs no gradient of the features, and saves time
+            features = self.trunk(x.detach(), self.label(y) + wave[:, 0])
         else:
             features = self.trunk(x, self.label(y))
         features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
-        h = self.norm1(features + self.level(level).flatten(0, 1)[:, :, None, None])
+        h = self.norm1(features + self.level(wave).flatten(0, 1)[:, :, None, None])
         h = F.silu(self.norm2(features + self.last(F.silu(h))))                       # (B n, ..)
         sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
         ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
-        no_signal = waves(torch.zeros_like(alpha), torch.ones_like(sigma))            # level T+1
-        constant = self.constant(level - no_signal)[..., 0]                # is 0 at level T+1
+        pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
+        constant = self.constant(wave - pure_noise)[..., 0]                # is 0 at level T+1
         return ratio + 10 * constant                                       # 10: learns faster
 
 
@@ -251,8 +259,8 @@ def log_lattice(x, alpha, sigma):
     alpha, sigma = torch.where(hidden, 1.0, alpha), torch.where(hidden, STEP, sigma)
     neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)
     z = (torch.remainder(x / alpha, STEP) - neighbours) * (alpha / sigma)               # (B, 5, d)
-    log_sum = torch.logsumexp(-z * z / 2, 1, keepdim=True) - math.log(2 * math.pi) / 2
-    return torch.where(hidden, 0.0, log_sum + (alpha * STEP / sigma).log())
+    log_sum = torch.logsumexp(log_gaussian(z, 0.0, torch.ones_like(z)), 1, keepdim=True)
+    return torch.where(hidden, 0.0, log_sum + torch.log(alpha * STEP / sigma))
 
 
 def build(config, images=None):
@@ -296,19 +304,22 @@ def load(path, device="cpu", dataset=None):
         model = build(content["config"])
         model.load_state_dict(content["ema"])
     except Exception as error:
-        sys.exit(f"{path} holds no weights that can be used here: {str(error).splitlines()[0]}")
+        sys.exit(f"{path} holds no weights that can be used here: {error!r:.300}")
     return model.to(device).eval()
 
 
 def last_checkpoint(path, config, resume):
-    """The checkpoint to go on from, or None. SystemExit if another run's would be lost."""
-    if not path.exists():
-        return sys.exit(f"--resume: there is no {path}") if resume else None
+    """The checkpoint to go on from, or None. SystemExit where a training would be lost."""
+    if path.exists() and not resume:
+        sys.exit(f"{path} is there already: add --resume to go on with it, or name another --out")
+    if resume and not path.exists():
+        sys.exit(f"--resume: there is no {path}")
+    if not resume:
+        return None
     kept = torch.load(path, map_location="cpu", weights_only=True)
-    if kept["config"] != config or not (resume or kept["step"] == config["steps"]):
-        sys.exit(f"{path} is step {kept['step']} of {kept['config']}. Add --resume if this is the "
-                 "run to go on with, or name another --out")
-    return kept if resume else None
+    if kept["config"] != config:
+        sys.exit(f"{path} is of {kept['config']}, not of {config}: name another --out")
+    return kept
 
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
@@ -323,8 +334,8 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
             part.load_state_dict(kept[name])
     error = best_linear_mse(images, model.schedule)
     w_mse = (error.mean() / error).float().to(device)         # errors count relative to this one
-    y = torch.zeros(config["batch"], dtype=torch.long, device=device)   # overwritten at each step
-    losses = given(model, y).losses
+    y = torch.zeros(config["batch"], dtype=torch.long, device=device)
+    losses = given(model, y).losses                     # for the labels that y will hold each time
     losses = torch.compile(losses) if compiled else losses
     images, labels, begun = images.to(device), labels.to(device), time.time()
     for step in range(first + 1, steps + 1):
@@ -335,16 +346,14 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         ce, mse = losses(to_x0(images[rows]), w_mse)
         optimiser.zero_grad()
         (W_CE * ce + mse).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-        if not math.isfinite(norm.item()):
-            sys.exit(f"training diverged at step {step}: a gradient is not finite. A lower lr, in "
-                     "FULL or QUICK, may help. The last checkpoint is good.")
+        if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 2.0).item()):
+            sys.exit(f"training diverged at step {step}: a gradient is not finite")
         warm_up, cosine = step / (0.03 * steps + 1), math.cos(math.pi * step / steps)
         optimiser.param_groups[0]["lr"] = config["lr"] * min(warm_up, (1 + cosine) / 2)
         optimiser.step()
         with torch.no_grad():                             # average over about the last 1000 steps
-            share = max(0.001, 9 / (9 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), share)
+            for mean, value in zip(average.parameters(), model.parameters()):
+                mean.lerp_(value, max(0.001, 9 / (9 + step)))
         if step % 100 == 0 or step == steps:
             ms = 1000 * (time.time() - begun) / (step - first)
             print(f"step {step:6d} of {steps}   cross-entropy {ce.item():.3f} (chance 0.693)   "
@@ -366,29 +375,27 @@ def batches(function, x):
     return torch.cat([function(part) for part in x.split(100)]).cpu().double()
 
 
-def likelihood(model, images, config):
-    """Print the bits/dim of 8-bit images by one forward pass of a CDM, and three checks of it."""
+def likelihood(model, images, preset):
+    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how far two likelihoods of
+    its denoiser are from that, and log Z, by which it is to be corrected."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
-    few = x1[:config["slow"]]
-
-    def bits(log_p1, x):
-        return bits_per_dim(batches(log_p1, x), sigma1, d)
-
-    one_pass = bits(lambda x: model.log_prob(x, 1), x1)
-    bound = bits(lambda x: elbo(model, x), x0[:config["elbo"]])
-    flow = bits(lambda x: ode_log_prob(model, x, probes=1), few)
+    few = x1[:preset["slow"]]
+    one_pass = bits_per_dim(batches(lambda x: model.log_prob(x, 1), x1), sigma1, d)
+    bound = bits_per_dim(batches(lambda x: elbo(model, x), x0[:preset["elbo"]]), sigma1, d)
+    flow = bits_per_dim(batches(lambda x: ode_log_prob(model, x, probes=1), few), sigma1, d)
     for name, values in (("bits/dim by one forward pass", one_pass),
                          ("ELBO minus one pass", bound - one_pass[:len(bound)]),
                          ("probability-flow ODE minus one pass", flow - one_pass[:len(flow)])):
         mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
-        print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}")
-    finer = DigitCDM(model.net, log_snr_schedule(config["fine"], CLEANEST, NOISIEST))
+        print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}", flush=True)
+    finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
     below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
-    log_z, half = (below + above) / 2, (above - below) / 2         # half < 0 would be an alarm
-    total, error = one_pass.mean() + log_z, one_pass.std() / len(one_pass) ** 0.5
-    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {log_z:6.3f} +- {half:.3f}")
-    print(f"To be quoted is one pass + log Z: {total:.3f} +- {math.hypot(error, half):.3f} bits/dim.")
+    middle, half = (below + above) / 2, (above - below) / 2
+    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {middle:6.3f} +- {half:.3f}")
+    total = one_pass.mean().item() + middle
+    error = math.hypot(one_pass.std().item() / len(one_pass) ** 0.5, half)
+    print(f"To be quoted is one pass + log Z: {total:.3f} +- {error:.3f} bits/dim.", flush=True)
 
 
 def make_judge(images, labels, steps=600):
@@ -421,26 +428,25 @@ def of_each_class(images, labels, n):
 
 
 def quality(models, train_set, test_set, n):
-    """Print how far n samples are from the test digits, beside n real digits. "Label first": of
-    p(x | y), as many of each class. To draw a label, then the digit, is to sample p(x) too."""
+    """Print how far n samples are from the test digits, beside n real digits. "Label first" means
+    samples of p(x | y), as many of each class: together they are nearly samples of p(x) too."""
     judge, body = make_judge(*train_set)
     target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
     order = torch.randperm(len(train_set[1])).to(train_set[1])      # neighbours share their writer
     y = torch.arange(100).to(order) % CLASSES
-    drawn = {"real (training) digits": None}
+    real = of_each_class(train_set[0][order], train_set[1][order], n // CLASSES)
+    drawn = {"real (training) digits": (real, 0)}
     for name, model in models.items():
-        drawn |= {f"{name}, label first": given(model, y), f"{name}, free": model}
-    print(f"\n| {n:7d} samples, DDPM     | Frechet distance | 90 % sure | ms each |\n"
-          "| ------------------------ | ---------------- | --------- | ------- |")
-    for name, model in drawn.items():
-        begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
-        if model is None:
-            x0 = of_each_class(*(v[order] for v in train_set), n // CLASSES)
-        else:
-            x0 = torch.cat([sample(model, x, None, "ddpm") for x in noise.split(100)])
-        ms, distance = 1000 * (time.time() - begun) / n, frechet(batches(body, x0), target)
+        for how, one in ((", label first", given(model, y)), (", free", model)):
+            begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
+            x0 = batches(lambda x: sample(one, x, None, "ddpm"), noise).to(noise)
+            drawn[name + how] = x0, 1000 * (time.time() - begun) / n
+    print(f"\n| {n:7d} samples, DDPM              | Frechet distance | 90 % sure | ms each |\n"
+          "| --------------------------------- | ---------------- | --------- | ------- |")
+    for name, (x0, ms) in drawn.items():
+        distance = frechet(batches(body, x0), target)
         sure = batches(lambda x: judge(x).softmax(1).amax(1) >= 0.9, x0).mean()
-        print(f"| {name:24s} | {distance:16.2f} | {100 * sure:7.1f} % | {ms:7.1f} |", flush=True)
+        print(f"| {name:33s} | {distance:16.2f} | {100 * sure:7.1f} % | {ms:7.1f} |")
 
 
 # ---------------------------------------------------------------------------------------- figures
@@ -495,16 +501,16 @@ def show_errors(models, images, train_images, path):
     x0, d = to_x0(images), images[0].numel()
     eps = torch.randn_like(x0)
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    print(f"\n| {len(x0):5d} images | weights | ELBO, bits/dim | MSE / best linear denoiser's |\n"
-          "| ------------ | ------- | -------------- | ---------------------------- |")
+    print(f"\n| {len(x0):5d} images          | weights | ELBO, bits/dim | MSE / best linear's |\n"
+          "| --------------------- | ------- | -------------- | ------------------- |")
     for name, model in models.items():
         alpha, sigma = model.schedule
         mse = torch.tensor([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps)
                             for t in range(1, model.T + 1)])
         mse = mse / best_linear_mse(train_images, model.schedule)[1:-1]
         bound = bits_per_dim(batches(lambda x: elbo(model, x), x0), sigma[1].item(), d).mean()
-        print(f"| {name:12s} | {sum(p.numel() for p in model.parameters()):7d} | {bound:14.4f} | "
-              f"{mse.mean():28.4f} |", flush=True)
+        print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | {bound:14.4f} | "
+              f"{mse.mean():19.4f} |", flush=True)
         ax.plot(2 * (alpha / sigma).log()[1:-1], mse, label=name)
     ax.set(xlabel="log-SNR (left: noise)", title="MSE of eps_hat / the best linear denoiser's")
     ax.legend()
@@ -512,18 +518,18 @@ def show_errors(models, images, train_images, path):
 
 
 # ------------------------------------------------------------------------------------------- main
-def measure(models, train_set, test_set, config, out):
+def measure(models, train_set, test_set, preset, out):
     """One screen of numbers on the test set, and three pictures."""
-    images = test_set[0][:config["one_pass"]]
+    images = test_set[0][:preset["one_pass"]]
     show_samples(models, *test_set, out / "samples.png")
     for name, model in models.items():
         if isinstance(model, CDM):
             print(f"\n{name}")
-            likelihood(model, images, config)
+            likelihood(model, images, preset)
             show_levels(model, images[:1], out / "levels.png")
-    show_errors(models, images[:config["elbo"]], train_set[0], out / "errors.png")
-    if config["samples"]:
-        quality(models, train_set, test_set, config["samples"])
+    show_errors(models, images[:preset["elbo"]], train_set[0], out / "errors.png")
+    if preset["samples"]:
+        quality(models, train_set, test_set, preset["samples"])
     print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
@@ -554,7 +560,7 @@ def arguments():
 
 def main():
     args = arguments()
-    config = {name: vars(args).get(name) or value                  # the flags override the preset
+    preset = {name: vars(args).get(name) or value                  # the flags override the preset
               for name, value in (QUICK if args.quick else FULL).items()}
     run = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
     out = args.out or Path("runs", run)
@@ -564,19 +570,15 @@ def main():
     try:
         torch.manual_seed(args.seed)
         if args.weights:
-            names = [Path(path).stem for path in args.weights]
-            names = names if len(set(names)) == len(names) else args.weights
-            loaded = [load(path, args.device, args.dataset) for path in args.weights]
-            models = dict(zip(names, loaded))
+            models = {path: load(path, args.device, args.dataset) for path in args.weights}
         else:
-            trained = dict(model=args.model, dataset=args.dataset, seed=args.seed,
-                           **{name: config[name] for name in ("width", "batch", "steps", "lr")})
-            print(f"training: {trained}", flush=True)
-            models = {args.model: train(trained, *train_set, args.device, out, args.resume,
+            config = dict(model=args.model, dataset=args.dataset, seed=args.seed,
+                          **{name: preset[name] for name in ("width", "batch", "steps", "lr")})
+            print(f"training: {config}", flush=True)
+            models = {args.model: train(config, *train_set, args.device, out, args.resume,
                                         args.compile)}
-        torch.manual_seed(args.seed)
         train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
-        measure(models, train_set, test_set, config, out)
+        measure(models, train_set, test_set, preset, out)
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
     if args.quick and not args.weights:

@@ -4,17 +4,14 @@
     python toy_2d.py --seeds 3      the same with mean and spread over three trainings
     python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, four minutes
 
-Times are of two CPU cores; results go to runs/toy_2d. All methods train the same network on the
-same samples: noise-contrastive estimation (NCE), telescoping ratios (TRE), a classifier of noise
-levels with one of a CDM's two losses (CE, MSE) or both (CDM, see cdm.py), the time score, and a
-denoising diffusion model (DDM)."""
+Times are of two CPU cores. All methods train the same network on the same samples. They are
+noise-contrastive estimation (NCE), telescoping ratios (TRE), a classifier of noise levels with one
+of a CDM's two losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model."""
 
 import argparse
 import math
 import multiprocessing
-import os
 import signal
-import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -137,19 +134,10 @@ class MLP(nn.Module):
 Method = namedtuple("Method", "net loss log_prob")
 
 
-def nce(make, schedule):
-    """Noise-contrastive estimation (Gutmann, Hyvarinen 2010): one classifier, data or N(0, I)?"""
-    net = make(1)                                                  # h(x) = log p(x) / N(x; 0, I)
-
-    def loss(x0):
-        return F.softplus(-net(x0)).mean() + F.softplus(net(torch.randn_like(x0))).mean()
-
-    return Method(net, loss, lambda x: net(x)[:, 0] + log_normal(x))
-
-
 def tre(make, schedule, bridges=9):
     """Telescoping ratios (Rhodes et al. 2020): a binary classifier for each pair of neighbours in a
-    chain from data to N(0, I), sigma_k = k/bridges. A pair shares x0 and eps: much less noise."""
+    chain from data to N(0, I), sigma_k = k/bridges. A pair shares x0 and eps: much less noise. With
+    one bridge this is noise-contrastive estimation (Gutmann, Hyvarinen 2010): data or N(0, I)?"""
     alpha, sigma = (v.float() for v in uniform_schedule(bridges - 1))
     net = make(bridges)                                            # h_k(x) = log p_k / p_{k+1}
 
@@ -205,16 +193,17 @@ def ddm(make, schedule):
 # The denoising error at little noise is what makes a density sharp, so it counts more there.
 W_MSE = 1 / (SCHEDULE.sigma ** 2 + 0.05)
 W_MSE = (W_MSE / W_MSE.mean()).float()
-# MSE teaches nothing at level 0, and the ODE ends at level 1. So for these two log p_1 stands in
-# for log p_0: sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
-METHODS = {"NCE": nce, "TRE": tre, "CE": partial(classifier, w_ce=1.0, w_mse=0.0),
+# MSE teaches nothing at level 0, and the ODE ends at level 1. For these two log p_1 stands in for
+# log p_0, as sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
+METHODS = {"NCE": partial(tre, bridges=1), "TRE": tre,
+           "CE": partial(classifier, w_ce=1.0, w_mse=0.0),
            "MSE": partial(classifier, w_ce=0.0, w_mse=1.0, t=1), "time-score": time_score,
            "CDM": partial(classifier, w_ce=1.0, w_mse=W_MSE), "DDM-ODE": ddm}
 
 
 def train(method, draw, steps, lr=5e-3):
-    """Seconds that Adam takes for `steps` batches draw(), with a warm-up and a cosine decay."""
-    start = time.time()
+    """Let Adam take `steps` batches draw(), at a rate that warms up and then decays as a cosine."""
+    torch.set_num_threads(1)             # small tensors: two trainings side by side are faster
     optimiser = torch.optim.Adam(method.net.parameters())
     for step in range(1, steps + 1):
         rate = min(20 * step / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -222,7 +211,6 @@ def train(method, draw, steps, lr=5e-3):
         optimiser.zero_grad()
         method.loss(draw()).backward()
         optimiser.step()
-    return time.time() - start
 
 
 def grid():
@@ -231,59 +219,48 @@ def grid():
     return torch.cartesian_prod(axis, axis)
 
 
-def log_integral(log_q):
-    """log Z, nats: the log of what a density integrates to, from its log (CELLS^2,) on the grid."""
-    return (torch.logsumexp(log_q, 0) + 2 * math.log(2 * HALF / CELLS)).item()
-
-
 @torch.no_grad()
 def evaluate(log_prob, oracle):
     """How far is a density q from the truth p? All in nats, by sums over the grid.
 
     KL_raw = E_data[log p - log q] takes q as the model states it, and may be negative if q does not
     integrate to Z = 1; KL = KL_raw + log Z is the honest number. heavy_mode is the share of q where
-    two_modes has 0.9. Returns these and log p, log q on the grid. ValueError if p leaves it."""
-    points = grid()
+    two_modes has 0.9. Returns these, log p, and log q - log Z. ValueError if p leaves the grid."""
+    points, log_cell = grid(), 2 * math.log(2 * HALF / CELLS)
     log_q = torch.cat([log_prob(x.float()) for x in points.split(1600)]).double()
     log_p = torch.cat([oracle.log_prob(x) for x in points.split(3000)])
-    on_grid = math.exp(log_integral(log_p))
-    if on_grid < 0.99:
-        raise ValueError(f"{1 - on_grid:.0%} of the density lies outside +-{HALF}; shrink it")
+    if log_p.logsumexp(0) + log_cell < math.log(0.99):
+        raise ValueError(f"over 1 % of the density lies outside +-{HALF}: shrink it")
     kl_raw = (log_p.softmax(0) * (log_p - log_q)).sum().item()
-    log_z = log_integral(log_q)
+    log_z = (log_q.logsumexp(0) + log_cell).item()
     heavy_mode = log_q.softmax(0)[points[:, 0] < 0].sum().item()
-    return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode), log_p, log_q
+    row = dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode)
+    return row, log_p, log_q - log_z
 
 
 def run(dataset, name, steps, seed):
     """One training in the plane gives a row of numbers, and pictures: titles and arrays."""
-    torch.set_num_threads(1)                       # small tensors: two runs side by side are faster
     torch.manual_seed(seed)
     oracle = DATASETS[dataset]()
     x0 = oracle.sample(200_000).float()
     method = METHODS[name](lambda outputs, timed=False: MLP(2 + timed, outputs), SCHEDULE)
-    seconds = train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
+    train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
     row, log_p, log_q = evaluate(method.log_prob, oracle)
-    pictures = {"truth": log_p.numpy()}
-    if name not in ("TRE", "time-score"):                                       # seven columns fit
-        pictures[name] = log_q.numpy()
+    pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
     if name == "CDM":
         pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), None, "ddpm").numpy()
-    return dict(dataset=dataset, method=name, seed=seed, **row, seconds=seconds), pictures
+    return dict(dataset=dataset, method=name, seed=seed, **row), pictures
 
 
 # ------------------------------------------------------------------------------ the density chasm
 
 DIMENSIONS = (20, 40, 80, 160)
-CHASM = METHODS | {"CDM": partial(classifier, w_ce=0.01, w_mse=1.0)}      # the MSE must lead here
-FULL_NAMES = {"CDM": "CDM (cross-entropy + denoising)", "CE": "one classifier, cross-entropy only",
-              "TRE": "telescoping ratios (TRE)", "NCE": "noise-contrastive estimation (NCE)",
-              "time-score": "time score (DRE-infinity)"}
+CHASM = {name: METHODS[name] for name in ("NCE", "TRE", "CE", "time-score")}
+CHASM["CDM"] = partial(classifier, w_ce=0.01, w_mse=1.0)                  # the MSE must lead here
 
 
 class CorrelatedPairs:
     """N(0, S) in d dimensions, S = 1 but for correlation RHO within pairs of numbers: an oracle.
-
     The mean of its log-ratio to N(0, I), the KL divergence of the two, is d/4 nats."""
     RHO, schedule = 0.79506, log_snr_schedule(T=40, first=7, last=-6)
 
@@ -307,163 +284,105 @@ def chasm_run(d, name, steps, seed):
     """Train a plain MLP on correlated pairs; measure on 5000 new samples, in nats. The row has the
     mean log-ratio to N(0, I) and the rms error of one; the list, for a classifier, the mean of
     log p_t(x) / p_0(x) at every level t, (T+2,): exact and learned."""
-    torch.set_num_threads(1)
     torch.manual_seed(seed)
     oracle = CorrelatedPairs(d)
     method = CHASM[name](lambda outputs, timed=False: MLP(d + timed, outputs, 256, 3, 0),
                          oracle.schedule)
-    seconds = train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
+    train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
     x = oracle.sample(5000).float()
     with torch.no_grad():
         exact, estimate = oracle.logits(x), method.log_prob(x) - log_normal(x)
         logits = [exact, method.net.net(x)] if isinstance(method.net, CDM) else []
     error = estimate - (exact[:, 0] - exact[:, -1])
     row = dict(d=d, method=name, seed=seed, true=d / 4, estimated=estimate.mean().item(),
-               rms=error.square().mean().sqrt().item(), seconds=seconds)
+               rms=error.square().mean().sqrt().item())
     return row, [(l - l[:, :1]).mean(0).numpy() for l in logits]
 
 
 # ------------------------------------------------------------------- processes, tables, figures
 
 
-def in_parallel(jobs, seconds=0):
+def in_parallel(jobs):
     """The results of all jobs (function, *arguments), in order, by a process for each core. If one
-    of them fails, or at Ctrl-C, the others are ended too. seconds: what a job takes, roughly."""
-    start, cores = time.time(), os.cpu_count()
-    total = seconds * math.ceil(len(jobs) / cores)
-    print(f"{len(jobs)} trainings by {cores} processes take roughly {total:.0f} s", flush=True)
-    with ProcessPoolExecutor(cores, initializer=signal.signal,          # only this process sees
-                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:        # Ctrl-C
-        futures = {pool.submit(*job): job for job in jobs}
+    of them fails, or at Ctrl-C, the others are ended too."""
+    start, ignore = time.time(), (signal.SIGINT, signal.SIG_IGN)    # only this process sees Ctrl-C
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore) as pool:
+        futures = [pool.submit(*job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 left = (time.time() - start) / done * (len(jobs) - done)
-                _, *what = futures[future]
-                print(f"{done:4} of {len(jobs)}, {left:4.0f} s left:", *what, flush=True)
+                print(f"{done:4} of {len(jobs)} trainings, {left:4.0f} s left", flush=True)
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.terminate()
-            sys.exit(f"stopped by {type(error).__name__} {error}")
+            raise SystemExit(f"stopped by {type(error).__name__} {error}")
     return [future.result() for future in futures]
 
 
-def table(path, rows, lines):
-    """Save rows as CSV; print a Markdown table of lines (title, key, digits, rows), by method: the
-    mean of row[key] and, over trainings that differ by seed alone, its standard deviation."""
+def table(path, rows, seeds, digits):
+    """Save rows as CSV; print a Markdown table with a line for `seeds` neighbours, which differ by
+    seed alone: the mean of each number and, if it depends on the seed, its standard deviation."""
     np.savetxt(path, [[str(v) for v in row.values()] for row in rows], fmt="%s", delimiter=",",
                header=",".join(rows[0]), comments="", encoding="utf-8")
-    cells = [["", *dict.fromkeys(row["method"] for row in rows)]]
-    for title, key, digits, chosen in lines:
-        cells.append([title])
-        for method in cells[0][1:]:
-            mine = [row for row in chosen if row["method"] == method]
-            values = np.array([row[key] for row in mine])
-            if not np.isfinite(values).all():
-                sys.exit(f"{title}, {method}: {values} is not finite; all numbers are in {path}")
-            cell = f"{values.mean():.{digits}f}"
-            if len(mine) == len({row["seed"] for row in mine}) > 1:
-                cell += f" +- {values.std(ddof=1):.{digits}f}"
-            cells[-1].append(cell)
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    for line in cells:
+    what, method, _, *keys = rows[0]                  # dataset or d, method, seed, the numbers
+    lines = [[what, method, *keys]]
+    for i in range(0, len(rows), seeds):
+        lines.append([str(rows[i][what]), rows[i][method]])
+        for key in keys:
+            values = np.array([row[key] for row in rows[i:i + seeds]])
+            spread = f" +- {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
+            lines[-1].append(f"{values.mean():.{digits}f}{spread}")
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
         print("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |")
-    print("In brackets the truth; +- is the standard deviation over trainings.")
 
 
-def show(ax, picture, truth, title):
-    """Draw samples (n, 2), or the square root of a density (CELLS^2,), so that faint modes are
-    seen. It is normalised; if that changes it by more than 10 %, log Z is written below."""
-    ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
-    ax.set_title(title, fontsize=10)
-    if picture.ndim == 2:
-        ax.scatter(*picture.T, s=0.5, color="C0", linewidth=0)
-        return
-    log_z = log_integral(torch.from_numpy(picture))
-    image = np.exp((picture - log_z) / 2).reshape(CELLS, CELLS).T
-    ax.imshow(image, extent=[-HALF, HALF] * 2, origin="lower", cmap="Blues", vmin=0,
-              vmax=np.exp(truth.max() / 2))
-    if abs(log_z) > 0.1:
-        ax.text(0, -2.25, f"log Z = {log_z:.1f}", ha="center", fontsize=9)
-
-
-def chasm_figures(rows, pictures, curves, out):
-    """Draw hero.png, the estimated against the true mean log-ratio, with the spread over seeds, and
-    the plane beside it; and posterior.png, what classifiers make of clean points at every level."""
-    fig, axes = plt.subplot_mosaic("AB;AC;AD", layout="constrained", figsize=(8, 5.2),
-                                   width_ratios=[2.9, 1])
-    left, *right = axes.values()
-    true = np.array(DIMENSIONS) / 4
-    left.plot(true, true, "k--", linewidth=1, label="exact")
-    for name, full_name in FULL_NAMES.items():
-        found = np.array([row["estimated"] for row in rows if row["method"] == name])
-        found = found.reshape(len(DIMENSIONS), -1)                          # (dimensions, seeds)
-        spread = found.std(1, ddof=1) if found.shape[1] > 1 else None
-        left.errorbar(true, found.mean(1), spread, fmt="o-", ms=4, capsize=3, label=full_name)
-    left.set(xlabel="true mean log-ratio of data to noise, nats (= dimensions / 4)",
-             ylabel="estimated, nats")
-    left.legend(frameon=False)
-    for ax, (title, picture) in zip(right, pictures.items()):
-        show(ax, picture, pictures["truth"], f"two moons: {title}")
-    fig.savefig(out / "hero.png", dpi=120)
-
-    fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-    for ax, d in zip(axes, (DIMENSIONS[0], DIMENSIONS[-1])):
-        for name in ("CDM", "CE"):                                      # colours are those of hero
-            exact, learned = curves[d, name]
-            ax.plot(learned, label=FULL_NAMES[name])
-        ax.plot(exact, "k--", linewidth=1, label="exact")
-        ax.set(title=f"clean points in {d} dimensions",
-               xlabel=f"level t, from clean (0) to pure noise ({len(exact) - 1})")
-    axes[0].set_ylabel("mean of log $p_t(x) / p_0(x)$, nats")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.savefig(out / "posterior.png", dpi=120)
-
-
-def toy(datasets, methods, steps, seeds, out):
-    """Compare the methods in the plane: a table, and a figure with a row for each dataset."""
-    print(f"{', '.join(methods)} learn {', '.join(datasets)} in {steps} steps; seeds: {seeds}")
-    jobs = [(run, d, m, steps, s) for d in datasets for m in methods for s in range(seeds)]
-    results = in_parallel(jobs, 1 + 0.004 * steps)
-    rows, lines = [row for row, _ in results], []
-    for dataset in datasets:
-        mine = [row for row in rows if row["dataset"] == dataset]
-        lines.append((f"{dataset}: KL, nats", "KL", 4, mine))
-        lines.append((f"{dataset}: log Z, nats", "log_Z", 3, mine))
-        if dataset == "two_modes":
-            lines.append(("two_modes: heavy weight (0.9)", "heavy_mode", 3, mine))
-    table(out / "toy_2d.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
-    pictures = {dataset: {} for dataset in datasets}
-    for row, picture in results:
-        if row["seed"] == 0:
-            pictures[row["dataset"]] |= picture
+def plane_figure(results, path):
+    """Draw a row for each dataset: the square roots of densities, and samples (n, 2)."""
+    pictures = {}
+    for row, found in results:                                          # of several seeds the last
+        pictures.setdefault(row["dataset"], {}).update(found)
     columns = max(map(len, pictures.values()))
-    fig, axes = plt.subplots(len(datasets), columns, squeeze=False, layout="constrained",
-                             figsize=(1.2 * columns, 1.2 * len(datasets) + 0.5))
-    fig.suptitle("square root of each density;\nlog Z (nats) if over 10 % off", fontsize=10)
-    for row, (dataset, mine) in zip(axes, pictures.items()):
+    fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
+                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
+    fig.suptitle("Each density is drawn\nas its square root.", fontsize=10)
+    for row, (dataset, found) in zip(axes, pictures.items()):
         row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
-        for ax, (title, picture) in zip(row, mine.items()):
-            show(ax, picture, mine["truth"], title if ax in axes[0] else "")
-    fig.savefig(out / "toy_2d.png", dpi=120)
+        for ax, (title, picture) in zip(row, found.items()):
+            ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
+            ax.set_title(title if ax in axes[0] else "", fontsize=10)
+            if picture.ndim == 2:
+                ax.scatter(*picture.T, s=0.5, color="C0", linewidth=0)
+            else:
+                ax.imshow(np.exp(picture / 2).reshape(CELLS, CELLS).T, origin="lower", cmap="Blues",
+                          extent=[-HALF, HALF] * 2, vmin=0, vmax=np.exp(found["truth"].max() / 2))
+    fig.savefig(path, dpi=120)
 
 
-def chasm(steps, seeds, out):
-    """Compare the methods on correlated pairs, where data and N(0, I) hardly overlap."""
-    print(f"{', '.join(FULL_NAMES)} in {DIMENSIONS} dimensions, {steps} steps; seeds: {seeds}")
-    jobs = [(run, "two_moons", "CDM", steps, 0)]                    # to be seen beside the others
-    jobs += [(chasm_run, d, m, steps, s)
-             for d in DIMENSIONS for m in FULL_NAMES for s in range(seeds)]
-    (_, pictures), *results = in_parallel(jobs, 0.5 + 0.006 * steps)
-    rows, lines = [row for row, _ in results], []
-    for d in DIMENSIONS:
-        mine = [row for row in rows if row["d"] == d]
-        lines.append((f"d = {d}: mean log-ratio ({d / 4:g}), nats", "estimated", 2, mine))
-        lines.append((f"d = {d}: rms error of one, nats", "rms", 2, mine))
-    table(out / "chasm.csv", rows, lines + [("training, seconds", "seconds", 1, rows)])
-    curves = {(row["d"], row["method"]): curve for row, curve in results if row["seed"] == 0}
-    chasm_figures(rows, pictures, curves, out)
+def chasm_figure(results, path):
+    """Draw the estimated against the true mean log-ratio, and beside it what the classifiers make
+    of clean points at every level, in the last of DIMENSIONS."""
+    true = np.array(DIMENSIONS) / 4
+    estimated = np.array([row["estimated"] for row, _ in results])
+    estimated = estimated.reshape(len(true), len(CHASM), -1)          # (dimensions, methods, seeds)
+    curves = {row["method"]: curve for row, curve in results}            # the last one remains
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for i, name in enumerate(CHASM):
+        left.plot(true, estimated[:, i].mean(1), color=f"C{i}", label=name)
+        left.plot(true, estimated[:, i], "o", markersize=4, color=f"C{i}")
+        if curves[name]:
+            exact, learned = curves[name]
+            right.plot(learned, color=f"C{i}")
+    left.plot(true, true, "k--", linewidth=1, label="exact")
+    right.plot(exact, "k--", linewidth=1)
+    left.set(title="mean log-ratio of data to noise, nats", ylabel="estimated",
+             xlabel="true: the number of dimensions / 4 (a dot for each training)")
+    right.set(title=f"mean over clean points x in {DIMENSIONS[-1]} dimensions, nats",
+              xlabel=f"level t: 0 is clean, {len(exact) - 1} noise", ylabel="log $p_t(x) / p_0(x)$")
+    fig.legend(loc="outside lower center", ncols=6)
+    fig.savefig(path, dpi=120)
 
 
 def main():
@@ -481,19 +400,30 @@ def main():
         p.error("--datasets and --methods choose from the plane: not with --chasm")
     if args.steps < 1 or seeds < 1:
         p.error("--steps and --seeds must be 1 or more")
+    csv = args.out / ("chasm.csv" if args.chasm else "toy_2d.csv")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        csv.touch()
     except OSError as error:
-        p.error(f"--out {args.out} cannot be made: {error.strerror}")
-    if not os.access(args.out, os.W_OK):
-        p.error(f"--out {args.out} cannot be written to")
-    start = time.time()
+        p.error(f"--out: {csv} cannot be written: {error.strerror}")
     if args.chasm:
-        chasm(args.steps, seeds, args.out)
+        what, sets, methods = "correlated pairs in dimensions", DIMENSIONS, CHASM
+        job, figure, digits = chasm_run, chasm_figure, 2
+        note = "true and estimated: the mean log-ratio; rms: the error of one log-ratio"
     else:
-        datasets, methods = args.datasets or DATASETS, args.methods or METHODS
-        toy(dict.fromkeys(datasets), dict.fromkeys(methods), args.steps, seeds, args.out)
-    print(f"{time.time() - start:.0f} s in all; numbers and figures in {args.out}")
+        what, sets = "the densities", dict.fromkeys(args.datasets or DATASETS)   # each name once
+        methods = dict.fromkeys(args.methods or METHODS)
+        job, figure, digits = run, plane_figure, 4
+        note = "heavy_mode: the share of the left half, which is 0.9 in two_modes"
+    start = time.time()
+    jobs = [(job, d, m, args.steps, s) for d in sets for m in methods for s in range(seeds)]
+    seconds = (1 + 0.005 * args.steps) * len(jobs) / multiprocessing.cpu_count()
+    print(f"{', '.join(methods)} learn {what} {', '.join(map(str, sets))} in {args.steps} steps.\n"
+          f"{len(jobs)} trainings, {seeds} of each, take roughly {seconds:.0f} s", flush=True)
+    results = in_parallel(jobs)
+    table(csv, [row for row, _ in results], seeds, digits)
+    figure(results, csv.with_suffix(".png"))
+    print(f"In nats. {note}.\n{time.time() - start:.0f} s; numbers and figure in {args.out}")
 
 
 if __name__ == "__main__":
