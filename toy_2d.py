@@ -403,7 +403,7 @@ def main():
     csv = args.out / ("chasm.csv" if args.chasm else "toy_2d.csv")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        csv.touch()
+        csv.open("a").close()
     except OSError as error:
         p.error(f"--out: {csv} cannot be written: {error.strerror}")
     if args.chasm:
