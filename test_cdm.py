@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -233,7 +232,6 @@ def test_it_runs_in_both_precisions_on_images_and_is_saved(dtype):
     for result in (model.log_prob(x), elbo(model, x), ode_log_prob(model, x, probes=2)):
         assert result.dtype == dtype and result.shape == (3,)
     sum(model.losses(x)).backward()
-    assert not torch.equal(twin.log_prob(x), model.log_prob(x))
     twin.load_state_dict(model.state_dict())
     assert_close(twin.log_prob(x), model.log_prob(x))
     twin.net = nn.DataParallel(model.net)                                      # a wrapped network
@@ -281,7 +279,6 @@ BAD = {
     "T too small": lambda m, x: CDM(m.net, uniform_schedule(0)),
     "log-SNR rises": lambda m, x: CDM(m.net, log_snr_schedule(10, -8, 8)),
     "schedule ends": lambda m, x: CDM(None, Schedule(torch.linspace(1, 0.1, 9), torch.rand(9))),
-    "schedule shape": lambda m, x: CDM(None, Schedule(torch.ones(5), torch.ones(4))),
     "no schedule": lambda m, x: CDM(None, 1000),
     "lazy layer": lambda m, x: CDM(nn.LazyLinear(12), m.schedule),
     "level above": lambda m, x: m.predict_noise(x, 12),
@@ -299,7 +296,6 @@ BAD = {
     "ELBO of few levels": lambda m, x: elbo(m, x),
     "level -1 in a tensor": lambda m, x: m.add_noise(x, torch.full((4,), -1), x),
     "half precision": lambda m, x: m.bfloat16().log_prob(x.bfloat16()),
-    "ELBO in half precision": lambda m, x: elbo(CDM(m.net, log_snr_schedule(30)), x.bfloat16()),
     "blurred greys": lambda m, x: bits_per_dim(0.0, 0.001, 1),
 }
 
@@ -326,9 +322,9 @@ def test_evaluate_gives_the_truth_a_kl_of_zero_and_sees_through_a_wrong_scale():
     oracle = toy_2d.two_modes()
     row = toy_2d.evaluate(lambda x: oracle.log_prob(x.double()) + 0.5, oracle)[0]
     assert_close(row, dict(KL=0.0, log_Z=0.5, KL_raw=-0.5, heavy_mode=0.9), atol=1e-4, rtol=0)
-    equal = toy_2d.Oracle(oracle.centres, std=oracle.std)       # KL of weights 0.5 by hand
-    row = toy_2d.evaluate(lambda x: equal.log_prob(x.double()), oracle)[0]
-    assert_close(row["KL"], 0.9 * math.log(1.8) + 0.1 * math.log(0.2), atol=1e-4, rtol=0)
+    equal = toy_2d.Oracle(oracle.centres, std=oracle.std)                  # of weights 0.5
+    kl = toy_2d.evaluate(lambda x: equal.log_prob(x.double()), oracle)[0]["KL"]
+    assert_close(kl, 0.9 * math.log(1.8) + 0.1 * math.log(0.2), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", toy_2d.METHODS)
@@ -431,12 +427,16 @@ def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a
         assert_close(model.log_prob(x, t).double(), log_p, atol=0.05, rtol=1e-3)
 
 
-def test_the_digit_denoiser_starts_as_the_digit_classifier_and_learns_everywhere():
-    model, ddm = digit_model()[0], digit_model("ddm")[0]
+def test_the_digit_denoiser_starts_as_the_classifier_but_is_told_its_level(monkeypatch):
+    model, ddm, told = digit_model()[0], digit_model("ddm")[0], scattered("ddm")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 20, 40, 64])
     assert_close(ddm.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
     ddm.losses(x)[1].backward()
     assert [n for n, p in ddm.named_parameters() if p.grad is None] == ["net.constant.weight"]
+    eps_hat, level = told.predict_noise(x.double(), t), mnist.waves(told.alpha[t], told.sigma[t])
+    features = told.net.trunk(x.double(), told.net.label(0 * t + 10) + level)
+    monkeypatch.setattr(mnist.Trunk, "forward", lambda *_: features)          # held fixed
+    assert_close(told.predict_noise(x.double(), t), eps_hat)
 
 
 def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_in_any_number():
