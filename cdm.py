@@ -5,7 +5,8 @@ Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an unknown
 classifies how noisy it is. That is all it outputs, and yet its logits l_t(x) contain a diffusion
 model and a likelihood. Both are exact for the ideal classifier.
 
-    t               the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise
+    t               the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise;
+                    for all functions an int, or a long tensor (B,) with a level for each row
     alpha, sigma    scale of the signal and of the noise at each level, (T+2,)
     log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
     x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
@@ -18,18 +19,16 @@ model and a likelihood. Both are exact for the ideal classifier.
     theorem 3.1     E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
 Theorem 3.2 is Bayes' rule. Theorem 3.1 is its gradient, by Tweedie's formula: E[eps | x_t] is
--sigma_t times the gradient of log p_t. Log-likelihoods are in nats. Input that cannot be meant,
-such as an unknown level, is a ValueError. The three audits at the end may be skipped at first.
+-sigma_t times the gradient of log p_t. Likelihoods are in nats. Bad input is a ValueError.
 """
 
 import copy
 import math
 from collections import namedtuple
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 
 # ---------------------------------------------------------------- levels of noise (section 2)
 # Scale of signal and noise at each level: two float64 tensors (T+2,), from 1, 0 to 0, 1.
@@ -39,9 +38,9 @@ Schedule = namedtuple("Schedule", "alpha sigma")
 def ddpm_schedule(T=1000):
     """alpha_t^2 is a product of factors 1 - beta; beta grows from 1e-4 to 0.02 (Ho et al. 2020).
     That is for T = 1000. Each of fewer levels stands for 1000/T steps: alpha_T^2 stays 4e-5."""
-    beta = F.pad(torch.linspace(1e-4, 0.02, T, dtype=torch.float64), (1, 1))   # alpha_0 = 1
-    beta[-1] = 1.0                                                             # alpha_{T+1} = 0
-    alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))                   # levels 1 .. T
+    alpha2 = torch.cat([torch.ones(1), alpha2, torch.zeros(1)])
     return Schedule(torch.sqrt(alpha2), torch.sqrt(1 - alpha2))
 
 
@@ -60,8 +59,8 @@ def ot_schedule(T=1000):
 def log_snr_schedule(T=256, first=14.0, last=-8.0):
     """The log-SNR falls evenly, from `first` at t = 1 to `last` at t = T, so that no pair of
     neighbours is much easier to tell apart than another. alpha_t^2 + sigma_t^2 = 1."""
-    log_snr = F.pad(torch.linspace(first, last, T, dtype=torch.float64), (1, 1))
-    log_snr[0], log_snr[-1] = math.inf, -math.inf
+    log_snr = torch.linspace(first, last, T, dtype=torch.float64)
+    log_snr = torch.cat([torch.tensor([math.inf]), log_snr, torch.tensor([-math.inf])])
     return Schedule(torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr)))
 
 
@@ -72,18 +71,9 @@ def log_normal(x):
     return -0.5 * (x * x + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def stratified(B, n, device=None):
-    """B integers (B,), each uniform in 0 .. n-1, evenly spread, so that a loss varies less."""
-    share = (torch.randperm(B, device=device) + torch.rand((), device=device)) / B    # in 0 .. 1
-    return (share * n).long().clamp(max=n - 1)              # rounding may have given share = 1
-
-
 # ------------------------------------------------------------- a diffusion model of the usual kind
 class DDM(torch.nn.Module):
-    """A denoising diffusion model: net(xt, t) -> eps_hat is told the level t, long (B,).
-
-    In all methods a level t is an int in 0 .. T+1 or a long tensor (B,), whose values are not
-    checked. A state_dict does not hold the schedule."""
+    """A denoising diffusion model: net(xt, t) -> eps_hat is told the levels t, a tensor (B,)."""
 
     def __init__(self, net, schedule):
         super().__init__()
@@ -91,25 +81,27 @@ class DDM(torch.nn.Module):
             raise ValueError(f"a Schedule is needed, got {schedule!r}")
         alpha, sigma = (v.double().cpu() for v in schedule)
         ends = [alpha[0], sigma[0], alpha[-1], sigma[-1]]
-        if len(alpha) < 3 or ends != [1, 0, 0, 1] or not ((alpha / sigma).diff() < 0).all():
-            raise ValueError(f"alpha / sigma must fall, from 1 / 0 to 0 / 1, T >= 1; {schedule}")
+        if ends != [1, 0, 0, 1] or not ((alpha / sigma).diff() < 0).all():
+            raise ValueError(f"alpha / sigma must fall, from 1 / 0 to 0 / 1; got {schedule}")
         self.net, self.schedule, self.T = net, Schedule(alpha, sigma), len(alpha) - 2
-        self.register_buffer("alpha", alpha.float(), persistent=False)
+        self.register_buffer("alpha", alpha.float(), persistent=False)      # not in a state_dict
         self.register_buffer("sigma", sigma.float(), persistent=False)
-        if any(torch.nn.parameter.is_lazy(p) for p in self.parameters()):
-            raise ValueError("a lazy layer has no weights yet: call net(x) once before")
 
     def predict_noise(self, xt, t):
         """eps_hat, the estimate of E[eps | x_t = xt]."""
         return self.net(xt, self.level(t, xt))
 
     def losses(self, x0, w_mse=1.0):
-        """The same pair as CDM.losses; but the first is 0, as here is no classifier, and t is in
-        1 .. T (Ho et al. 2020)."""
-        t = self.level(1 + stratified(len(x0), self.T, x0.device), x0)
+        """As CDM.losses; but here is no classifier, so the first loss is 0 (Ho et al. 2020)."""
+        t = self.level(torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device), x0)
         eps = torch.randn_like(x0)
         eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
         return x0.new_zeros(()), self.mse(eps_hat, eps, t, w_mse)
+
+    def mse(self, eps_hat, eps, t, w_mse):
+        """The mean squared error of eps_hat, in which level t has the weight w_mse or w_mse[t]."""
+        error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
+        return (torch.as_tensor(w_mse).to(error).expand(self.T + 2)[t] * error).mean()
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -117,14 +109,18 @@ class DDM(torch.nn.Module):
         return alpha * x0 + sigma * eps
 
     def denoise(self, xt, t):
-        """E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t, for t = 0 .. T."""
-        if not torch.is_tensor(t) and t == self.T + 1:
-            raise ValueError(f"level {t} is pure noise: nothing can be denoised")
+        """E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t. At t = T+1 it is not a number."""
         alpha, sigma = self.scales(t, xt)
         return (xt - sigma * self.predict_noise(xt, t)) / alpha
 
+    def scales(self, t, x):
+        """alpha_t and sigma_t of each row, shaped (B, 1, ..) so that they multiply x."""
+        t, ones = self.level(t, x), (1,) * (x.dim() - 1)
+        tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
+        return [v.to(x).index_select(0, t).view(-1, *ones) for v in tables]
+
     def level(self, t, x):
-        """t, an int or a long tensor (B,), as a long tensor (B,) for the batch x."""
+        """The level t, an int or a long tensor (B,), as a long tensor (B,) for the batch x."""
         if not x.is_floating_point() or len(x) == 0:
             raise ValueError(f"x must be floats, 1 row or more; got {x.dtype} {tuple(x.shape)}")
         if torch.is_tensor(t) and t.dtype == torch.long and t.shape == x.shape[:1]:
@@ -133,18 +129,6 @@ class DDM(torch.nn.Module):
             return torch.full((len(x),), int(t), device=x.device)
         raise ValueError(f"a level is an int in 0 .. {self.T + 1} or a long tensor (B,), got {t!r}")
 
-    def scales(self, t, x):
-        """alpha_t and sigma_t of each row, shaped (B, 1, ..) so that they multiply x."""
-        t, ones = self.level(t, x), (1,) * (x.dim() - 1)
-        tables = self.schedule if x.dtype == torch.float64 else (self.alpha, self.sigma)
-        return [v.to(x).index_select(0, t).view(-1, *ones) for v in tables]
-
-    def mse(self, eps_hat, eps, t, weight):
-        """The mean squared error of eps_hat. weight: a number, or one for each level (T+2,)."""
-        error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
-        weight = torch.as_tensor(weight).to(error).expand(self.T + 2)
-        return (weight[t] * error).mean()
-
 
 # ----------------------------------------------------------------- the classifier (section 3)
 class CDM(DDM):
@@ -152,8 +136,7 @@ class CDM(DDM):
 
     The network is not told how noisy x is: to find that is its task. Rows must not influence each
     other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
-    ReLU), and activation checkpointing fails. If your network takes the levels as an input, let a
-    subclass override log_ratio, the only method that calls the network."""
+    ReLU). If your network takes levels as an input, override log_ratio in a subclass."""
 
     window = None           # how many neighbouring levels `losses` compares; None: all T+2
 
@@ -161,8 +144,7 @@ class CDM(DDM):
         """log [p_t(x) / p_{T+1}(x)] in nats, (B, n), at the levels t (B, n) that are asked for.
 
         All levels are equally likely, so by Bayes' rule softmax(logits)_t is p_t(x) times a factor
-        that is the same for all t. A difference of two logits is the log of a ratio of densities,
-        and one density is known: p_{T+1} = N(0, I)."""
+        that is the same for all t. It cancels in a difference of two logits."""
         logits = self.net(x)
         if logits.shape != (len(x), self.T + 2):
             raise ValueError(f"net must give {self.T + 2} logits a row, got {tuple(logits.shape)}")
@@ -170,9 +152,8 @@ class CDM(DDM):
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x) in nats, (B,), in one forward pass. t = 0: the data's density.
-
-        The network may output any function of x, so nothing forces this density to integrate to 1:
-        annealed_log_z measures what it integrates to."""
+        A network may output any function, and nothing forces its density to integrate to 1: see
+        annealed_log_z."""
         ratio = self.log_ratio(x, self.level(t, x)[:, None])[:, 0]
         return ratio + log_normal(x.to(ratio))
 
@@ -181,12 +162,7 @@ class CDM(DDM):
         return self.ratio_and_noise(xt, self.level(t, xt)[:, None])[1]
 
     def ratio_and_noise(self, xt, levels):
-        """The log-ratios at all `levels` (B, n), and eps_hat at the first of them, levels[:, 0].
-
-        By Tweedie's formula, eps_hat = -sigma_t gradient of log p_t; by theorem 3.2, log p_t is the
-        log-ratio plus log N(x; 0, I), and the gradient of the latter is -x. Training compares many
-        levels, of which the first is the true one."""
-
+        """The log-ratios at all `levels` (B, n), and eps_hat at the first of them, levels[:, 0]."""
         def ratio_at_t(x):
             ratio = self.log_ratio(x, levels)                                             # (B, n)
             return ratio[:, 0].sum(), ratio
@@ -201,17 +177,14 @@ class CDM(DDM):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
 
-        Cross-entropy teaches how much likelier x is at one level than at another, but it is silent
-        about levels that are told apart with certainty. The denoising error teaches the gradient at
-        every level, but does not see a constant added to the logit of a level, nor levels 0 and
-        T+1, where eps_hat is fixed. A window of K neighbouring levels is drawn, then the true level
-        in it, both uniformly: then p(t | x, window) is the softmax of the K logits in the window.
-        """
-        K = self.window or self.T + 2
-        windows = self.T + 2 - K + 1
-        pick = stratified(len(x0), windows * K, x0.device)[:, None]     # a window and a place in it
-        first, place = pick // K, pick % K
-        levels = first + (place + torch.arange(K, device=x0.device)) % K    # (B, K), true one first
+        A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
+        p(t | x, window) is the softmax of the K logits in it. Cross-entropy is silent about levels
+        that are told apart with certainty. The denoising error teaches their gradients as well, but
+        does not see a constant that is added to the logit of a level."""
+        K, B, device = self.window or self.T + 2, len(x0), x0.device
+        first = torch.randint(self.T + 3 - K, (B, 1), device=device)                 # in the window
+        place = torch.randint(K, (B, 1), device=device)                          # of the true level
+        levels = first + (place + torch.arange(K, device=device)) % K    # (B, K), true one first
         t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
         return F.cross_entropy(ratio, torch.zeros_like(t)), self.mse(eps_hat, eps, t, w_mse)
@@ -223,7 +196,7 @@ def noising_step(schedule, s, t):
     std_ts^2 I), and the standard deviation of x_s given x_t and x_0, with which DDPM steps back."""
     alpha, sigma = schedule
     alpha_ts = float(alpha[t] / alpha[s])
-    std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)      # the variances add up
+    std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)            # variances add up
     return alpha_ts, std_ts, std_ts * float(sigma[s] / sigma[t])
 
 
@@ -232,25 +205,23 @@ def sample(model, x, steps=None, method="ddim"):
     """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
 
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
-    dpm is DPM-Solver++ 2M, of second order, for few steps (Lu et al. 2022). x is taken for a sample
-    of level T, so alpha_T should be nearly 0: in uniform_schedule(50) it is 0.2, and DDIM's mean
-    comes out 4 % short, for data N(m, 0.2^2)."""
+    dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). Noise stands in for level T, so alpha_T
+    must be nearly 0: with uniform_schedule(50), where it is 0.2, DDIM's mean is 4 % short."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
-    levels = [model.T - i * model.T // steps for i in range(steps + 1)]             # T .. 0
-    last_x0_hat, last_h = None, None                  # h: length of a step in log(alpha / sigma)
-    for t, s in pairwise(levels):                                       # from t to a cleaner s
+    levels = [model.T - i * model.T // steps for i in range(steps + 1)]                   # T .. 0
+    last_x0_hat, last_h = 0.0, math.inf                # h: length of a step in log(alpha / sigma)
+    for t, s in zip(levels, levels[1:]):                                    # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
         std = noising_step(model.schedule, s, t)[2] if method == "ddpm" else 0.0
-        if method == "dpm" and s > 0:                 # extrapolate x0_hat to the middle of the step
-            h, x0_here = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s])), x0_hat
-            if last_h is not None:
-                x0_hat = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
-                eps_hat = (x - alpha[t] * x0_hat) / sigma[t]        # both still make up x
-            last_x0_hat, last_h = x0_here, h
+        if method == "dpm" and s > 0:                # x0_hat is extrapolated by half a step, x kept
+            h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))
+            ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
+            last_x0_hat, last_h = x0_hat, h
+            x0_hat, eps_hat = ahead, (x - alpha[t] * ahead) / sigma[t]
         kept = math.sqrt(max(0, sigma[s] ** 2 - std ** 2))
         x = alpha[s] * x0_hat + kept * eps_hat + std * torch.randn_like(x)
     return x
@@ -270,13 +241,10 @@ class Given(torch.nn.Module):
 
 
 def given(model, y, guidance=0.0):
-    """The model with the same weights that is one of p(x | y), for the labels y, long (B,).
+    """The model of p(x | y), for labels y, long (B,), with the same weights; other labels go.
 
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
-    change, out(y) + w (out(y) - out()): more typical samples, but no density (Ho, Salimans 2022).
-    Labels that were given before are replaced."""
-    if not torch.is_tensor(y) or y.dtype != torch.long or y.dim() != 1:
-        raise ValueError(f"labels must be a long tensor (B,), got {y!r}")
+    change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
     net = model.net.net if isinstance(model.net, Given) else model.net
     labelled = copy.copy(model)                           # it shares all but `net` with the model
     labelled._modules = dict(model._modules)
@@ -290,8 +258,8 @@ def elbo(model, x0):
     """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,); p_1 is what DDPM draws in endless steps.
 
     E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
-    for x_0 of d numbers (Kingma et al. 2021), by the trapezoid rule: neighbouring levels may be 1
-    apart in log-SNR at most. A wrong constant in a classifier's logit does not show in it."""
+    for x_0 of d numbers (Kingma et al. 2021), by the trapezoid rule, so levels must be close. Only
+    the denoiser counts: a wrong constant in the logit of a level does not show."""
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
     if (log_snr.diff() < -1 - 1e-9).any():
@@ -311,74 +279,69 @@ def ode_log_prob(model, x, t=1, probes=0):
     """log p_t(x) in nats, (B,), at a level t in 1 .. T-1; p_t is what the ODE sampler draws.
 
     The probability-flow ODE (Song et al. 2021) leads from level t to T. For y = x / alpha and
-    tau = sigma / alpha it is dy/dtau = eps_hat, and d log p(y) / dtau = -divergence of eps_hat.
-    That takes d backward passes for x of d numbers; or `probes` of them, each with a random vector
-    of signs, estimate it without bias (Hutchinson)."""
+    tau = sigma / alpha it is dy/dtau = eps_hat, and d log p(y) / dtau = -trace of d eps_hat / dy,
+    which takes d backward passes, or is estimated by `probes` random ones (Hutchinson)."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
-    (alpha, sigma), T, d = (v.tolist() for v in model.schedule), model.T, x[0].numel()
+    alpha, sigma = (v.tolist() for v in model.schedule)
+    d, tau = x[0].numel(), [s / a for a, s in zip(alpha[:-1], sigma)]
     vectors = torch.eye(d).to(x).view(d, 1, *x.shape[1:]).expand(d, *x.shape)
     if probes:
         vectors = torch.randint(2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
-    y, slopes = x / alpha[t], []              # d log p(y) / d log(tau); tau d/dy is sigma d/dx
-    for s in range(t, T + 1):
-        eps_hat, pull = torch.func.vjp(lambda xs: model.predict_noise(xs, s), alpha[s] * y)
-        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)       # v^T Jacobian v
-        slopes.append(-sigma[s] * trace / max(1, probes))
-        if s < T:                                                                # Heun's method
-            step = sigma[s + 1] / alpha[s + 1] - sigma[s] / alpha[s]
+    y, slopes = x / alpha[t], []
+    for s in range(t, model.T + 1):
+        eps_hat, pull = torch.func.vjp(lambda y: model.predict_noise(alpha[s] * y, s), y)
+        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)        # v^T Jacobian v
+        slopes.append(-tau[s] * trace / max(1, probes))               # d log p(y) / d log(tau)
+        if s < model.T:                                                            # Heun's method
+            step = tau[s + 1] - tau[s]
             next_eps_hat = model.predict_noise(alpha[s + 1] * (y + step * eps_hat), s + 1)
             y = y + step * (eps_hat + next_eps_hat) / 2
-    log_tau = torch.log(model.schedule.sigma / model.schedule.alpha)[t:-1]
-    change = torch.trapezoid(torch.stack(slopes), log_tau.to(x), dim=0)
-    return log_normal(alpha[T] * y) + d * math.log(alpha[T] / alpha[t]) - change
+    change = torch.trapezoid(torch.stack(slopes), torch.tensor(tau[t:]).log().to(x), dim=0)
+    return log_normal(alpha[-2] * y) + d * math.log(alpha[-2] / alpha[t]) - change
 
 
 @torch.no_grad()
 def annealed_log_z(model, x1):
     """Two numbers in nats that enclose log Z, but for their sampling error. Z is what a CDM's
-    exp(log_prob(x, 1)) integrates to: it should be 1. More levels narrow the gap, as far as the
-    denoiser is right. Annealed importance sampling (Neal 2001) weighs a path x_1 .. x_T by
+    exp(log_prob(x, 1)) integrates to: it should be 1. More levels narrow the gap.
+
+    Annealed importance sampling (Neal 2001) gives a path x_1 .. x_T, of levels 1 to T, the weight
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
-    upward, by q from x1 (B, ...), the data at level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, if
-    the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
-
-    def q(xs, t):                                              # the noising from level t-1 to t
+    upward by q, from data x1 (B, ...) of level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, provided
+    that the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
+    def q(xs, t):                                                # the noising from level t-1 to t
         alpha_ts, std_ts, _ = noising_step(model.schedule, t - 1, t)
-        return Independent(Normal(alpha_ts * xs, std_ts), xs.dim() - 1)
+        return Normal(alpha_ts * xs, std_ts)
 
-    def r(xt, t):                                              # the DDPM step from level t to t-1
+    def r(xt, t):                                                # DDPM's step from level t to t-1
         alpha_ts, std_ts, std = noising_step(model.schedule, t - 1, t)
         noise = std_ts ** 2 / float(model.schedule.sigma[t]) * model.predict_noise(xt, t)
-        return Independent(Normal((xt - noise) / alpha_ts, std), xt.dim() - 1)
+        return Normal((xt - noise) / alpha_ts, std)
 
-    xt = torch.randn_like(x1)
-    down = -log_normal(xt)                                     # log w, one factor after another
+    def mean_log_w(path):
+        log_w = model.log_prob(path[0], 1) - log_normal(path[-1])
+        for t, (xs, xt) in enumerate(zip(path, path[1:]), 2):
+            factor = q(xs, t).log_prob(xt) - r(xt, t).log_prob(xs)
+            log_w = log_w + factor.flatten(1).sum(1)
+        return log_w.mean().item()
+
+    down, up = [torch.randn_like(x1)], [x1]
     for t in range(model.T, 1, -1):
-        back = r(xt, t)
-        xs = back.sample()
-        down = down + q(xs, t).log_prob(xt) - back.log_prob(xs)
-        xt = xs
-    down = down + model.log_prob(xt, 1)
-
-    xs, up = x1, model.log_prob(x1, 1)
+        down.insert(0, r(down[0], t).sample())
     for t in range(2, model.T + 1):
-        noised = q(xs, t)
-        xt = noised.sample()
-        up = up + noised.log_prob(xt) - r(xt, t).log_prob(xs)
-        xs = xt
-    up = up - log_normal(xs)
-    return down.mean().item(), up.mean().item()
+        up.append(q(up[-1], t).sample())
+    return mean_log_w(down), mean_log_w(up)
 
 
 def bits_per_dim(log_p1, sigma1, d):
-    """Upper bound on -log2 P(image) / d for 8-bit images of d pixels, from log p_1 in nats, (B,):
-    log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0). Grey value k is (2k+1)/256 - 1.
+    """Upper bound on -log2 P(k) / d for 8-bit images k of d pixels, from log p_1 in nats, (B,):
+    log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0), for x_0 = (2k+1)/256 - 1.
 
-    Grey values have no density, but x_1 has: its noise blurs them. If sigma_1 is at most an eighth
-    of a grey step, k can be read off x_1 to 3e-4 bits, and the noise, which is no part of the
-    image, is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]."""
+    Grey values have no density, but x_1 has, as its noise blurs them. The noise is no part of the
+    image, so its entropy is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. The two
+    sides differ by 3e-4 bits if k can be read off x_1: sigma_1 is an eighth of a grey step."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     return -math.log2(sigma1 * math.sqrt(2 * math.pi * math.e)) - log_p1 / (d * math.log(2))

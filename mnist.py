@@ -11,7 +11,6 @@ results are measured. They go to runs/: weights.pt, log.csv, pictures, and model
 """
 
 import argparse
-import copy
 import gzip
 import math
 import os
@@ -47,31 +46,28 @@ CLASSES, SIZE = 10, {"mnist": 28, "digits": 8}
 
 
 def read_or_download(folder, name, sha256):
-    """The array in folder/name, a gzipped IDX file; if it is not there, it is downloaded first."""
+    """The images uint8 (N, 1, 28, 28) or the labels (N,) in folder/name, which is downloaded first
+    if it is not there. The file is gzipped IDX: a header of 16 or 8 bytes, and then the numbers."""
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL + name, folder / name, sha256, progress=False)
-    data = gzip.decompress((folder / name).read_bytes())
-    sizes = np.frombuffer(data, ">i4", count=data[3], offset=4)      # big-endian, then the bytes
-    return torch.tensor(np.frombuffer(data, np.uint8, offset=4 + 4 * len(sizes)).reshape(sizes))
+    data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
+    return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
 
 
 def load_data(dataset, folder):
     """(images, labels) for training, validation and test: uint8 (N, 1, H, W) and long (N,)."""
     if dataset == "digits":                                          # 1797 of 8x8, grey 0 .. 16
-        order = np.random.default_rng(0).permutation(1797)
-        x = torch.tensor(load_digits().images[order] * 255 / 16).round().to(torch.uint8)
-        y = torch.tensor(load_digits().target[order])
-        x, y, test_x, test_y, held_out = x[:1500], y[:1500], x[1500:], y[1500:], 150
-    else:
-        try:
-            x, y, test_x, test_y = (read_or_download(Path(folder), *f) for f in FILES.items())
-        except Exception as error:
-            sys.exit(f"MNIST cannot be read: {error}\nDelete a damaged file, put {list(FILES)} "
-                     f"into {folder}, name another folder by --data, or use --dataset digits.")
-        held_out = 5000
-    x, y, test_x, test_y = x[:, None], y.long(), test_x[:, None], test_y.long()
-    return (x[:-held_out], y[:-held_out]), (x[-held_out:], y[-held_out:]), (test_x, test_y)
+        digits, order = load_digits(), np.random.default_rng(0).permutation(1797)
+        images = torch.tensor(digits.images[order] * 255 / 16).round().to(torch.uint8)[:, None]
+        parts = [1350, 150, 297]
+        return list(zip(images.split(parts), torch.tensor(digits.target[order]).split(parts)))
+    try:
+        x, y, test_x, test_y = (read_or_download(Path(folder), *file) for file in FILES.items())
+    except Exception as error:
+        sys.exit(f"MNIST cannot be read: {error}\nDelete a damaged file, put {list(FILES)} "
+                 f"into {folder}, name another folder by --data, or use --dataset digits.")
+    return (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), (test_x, test_y)
 
 
 def to_x0(images):
@@ -302,36 +298,28 @@ def load(path, device="cpu", dataset=None):
         if dataset not in (None, content["config"]["dataset"]):
             raise ValueError(f"it is of {content['config']}")
         model = build(content["config"])
-        model.load_state_dict(content["ema"])
+        model.load_state_dict(content["model"])
     except Exception as error:
         sys.exit(f"{path} holds no weights that can be used here: {error!r:.300}")
     return model.to(device).eval()
 
 
-def last_checkpoint(path, config, resume):
-    """The checkpoint to go on from, or None. SystemExit where a training would be lost."""
-    if path.exists() and not resume:
-        sys.exit(f"{path} is there already: add --resume to go on with it, or name another --out")
-    if resume and not path.exists():
-        sys.exit(f"--resume: there is no {path}")
-    if not resume:
-        return None
-    kept = torch.load(path, map_location="cpu", weights_only=True)
-    if kept["config"] != config:
-        sys.exit(f"{path} is of {kept['config']}, not of {config}: name another --out")
-    return kept
-
-
 def train(config, images, labels, device, out, resume=False, compiled=False):
-    """Train; return the model with averaged weights. Writes out/model.pt, log.csv, weights.pt."""
+    """Train and return a model. Writes out/model.pt, log.csv, and at the end the small weights.pt.
+    SystemExit, before anything is written, if model.pt does not fit to `resume` or to config."""
+    path, steps, log, first = out / "model.pt", config["steps"], ["step,ce,mse,ms_per_step\n"], 0
     model = build(config, images).to(device)
-    average, steps, log = copy.deepcopy(model), config["steps"], ["step,ce,mse,ms_per_step\n"]
-    optimiser, first = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99)), 0
-    parts = dict(model=model, ema=average, optimiser=optimiser)
-    if kept := last_checkpoint(out / "model.pt", config, resume):
+    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    if resume != path.exists():
+        sys.exit(f"there is no {path} to --resume" if resume else
+                 f"{path} is there already: add --resume to go on with it, or name another --out")
+    if resume:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        if kept["config"] != config:
+            sys.exit(f"{path} is of {kept['config']}, not of {config}: name another --out")
         first, log = kept["step"], kept["log"]
-        for name, part in parts.items():
-            part.load_state_dict(kept[name])
+        model.load_state_dict(kept["model"])
+        optimiser.load_state_dict(kept["optimiser"])
     error = best_linear_mse(images, model.schedule)
     w_mse = (error.mean() / error).float().to(device)         # errors count relative to this one
     y = torch.zeros(config["batch"], dtype=torch.long, device=device)
@@ -351,9 +339,6 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         warm_up, cosine = step / (0.03 * steps + 1), math.cos(math.pi * step / steps)
         optimiser.param_groups[0]["lr"] = config["lr"] * min(warm_up, (1 + cosine) / 2)
         optimiser.step()
-        with torch.no_grad():                             # average over about the last 1000 steps
-            for mean, value in zip(average.parameters(), model.parameters()):
-                mean.lerp_(value, max(0.001, 9 / (9 + step)))
         if step % 100 == 0 or step == steps:
             ms = 1000 * (time.time() - begun) / (step - first)
             print(f"step {step:6d} of {steps}   cross-entropy {ce.item():.3f} (chance 0.693)   "
@@ -361,11 +346,11 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
                   f"{ms * (steps - step) / 60000:.1f} min left", flush=True)
             log.append(f"{step},{ce.item():.5f},{mse.item():.6f},{ms:.1f}\n")
             (out / "log.csv").write_text("".join(log), "utf-8")
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save(out / "model.pt", config=config, step=step, log=log, **states)
-    small = {name: v.half() for name, v in average.state_dict().items()}           # 16 bits do
-    save(out / "weights.pt", config=config, ema=small)
-    return average.eval()
+            save(path, config=config, step=step, log=log, model=model.state_dict(),
+                 optimiser=optimiser.state_dict())
+    half = {name: value.half() for name, value in model.state_dict().items()}      # 16 bits do
+    save(out / "weights.pt", config=config, model=half)
+    return model.eval()
 
 
 # -------------------------------------------------------------------------------------- measuring

@@ -25,8 +25,7 @@ import torch.nn.functional as F
 from sklearn.datasets import make_moons, make_swiss_roll
 from torch import nn
 
-from cdm import (CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, stratified,
-                 uniform_schedule)
+from cdm import CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, uniform_schedule
 
 SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # neighbours are 0.4 apart: they overlap
 HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25, 4.25]^2, 120 x 120
@@ -142,7 +141,7 @@ def tre(make, schedule, bridges=9):
     net = make(bridges)                                            # h_k(x) = log p_k / p_{k+1}
 
     def loss(x0):
-        k, eps = stratified(len(x0), bridges)[:, None], torch.randn_like(x0)
+        k, eps = torch.randint(bridges, (len(x0), 1)), torch.randn_like(x0)
         near = net(alpha[k] * x0 + sigma[k] * eps).gather(1, k)
         far = net(alpha[k + 1] * x0 + sigma[k + 1] * eps).gather(1, k)
         return F.softplus(-near).mean() + F.softplus(far).mean()
