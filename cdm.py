@@ -1,9 +1,8 @@
 """Classification Diffusion Models (CDM): the whole method in one file.
 
-Read it beside the paper: Yadin, Elata, Michaeli, "Classification Diffusion Models: Revitalizing
-Density Ratio Estimation", NeurIPS 2024. A network sees a sample with an unknown amount of noise and
-classifies how noisy it is. That is all it outputs, and yet its logits l_t(x) contain a diffusion
-model and a likelihood. Both are exact for the ideal classifier.
+Read it beside the paper (Yadin, Elata, Michaeli, NeurIPS 2024, arXiv 2402.10095). A network sees a
+sample with an unknown amount of noise and classifies how noisy it is. That is all it outputs, and
+yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the ideal classifier.
 
     t               the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise;
                     for all functions an int, or a long tensor (B,) with a level for each row
@@ -31,8 +30,7 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 
 # ---------------------------------------------------------------- levels of noise (section 2)
-# Scale of signal and noise at each level: two float64 tensors (T+2,), from 1, 0 to 0, 1.
-Schedule = namedtuple("Schedule", "alpha sigma")
+Schedule = namedtuple("Schedule", "alpha sigma")     # float64 tensors (T+2,), from 1, 0 to 0, 1
 
 
 def ddpm_schedule(T=1000):
@@ -123,17 +121,16 @@ class DDM(torch.nn.Module):
         """The level t, an int or a long tensor (B,), as a long tensor (B,) for the batch x."""
         if not x.is_floating_point() or len(x) == 0:
             raise ValueError(f"x must be floats, 1 row or more; got {x.dtype} {tuple(x.shape)}")
-        if torch.is_tensor(t) and t.dtype == torch.long and t.shape == x.shape[:1]:
-            return t
         if not torch.is_tensor(t) and t in range(self.T + 2):
-            return torch.full((len(x),), int(t), device=x.device)
-        raise ValueError(f"a level is an int in 0 .. {self.T + 1} or a long tensor (B,), got {t!r}")
+            t = torch.full((len(x),), int(t), device=x.device)
+        if not torch.is_tensor(t) or t.dtype != torch.long or t.shape != x.shape[:1]:
+            raise ValueError(f"a level is 0 .. {self.T + 1} or a long tensor (B,), got {t!r}")
+        return t
 
 
 # ----------------------------------------------------------------- the classifier (section 3)
 class CDM(DDM):
     """A diffusion model whose denoiser comes from a classifier, net(x) -> logits (B, T+2).
-
     The network is not told how noisy x is: to find that is its task. Rows must not influence each
     other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
     ReLU). If your network takes levels as an input, override log_ratio in a subclass."""
@@ -142,7 +139,6 @@ class CDM(DDM):
 
     def log_ratio(self, x, levels):
         """log [p_t(x) / p_{T+1}(x)] in nats, (B, n), at the levels t (B, n) that are asked for.
-
         All levels are equally likely, so by Bayes' rule softmax(logits)_t is p_t(x) times a factor
         that is the same for all t. It cancels in a difference of two logits."""
         logits = self.net(x)
@@ -176,7 +172,6 @@ class CDM(DDM):
     def losses(self, x0, w_mse=1.0):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
-
         A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
         p(t | x, window) is the softmax of the K logits in it. Cross-entropy is silent about levels
         that are told apart with certainty. The denoising error teaches their gradients as well, but
@@ -192,18 +187,15 @@ class CDM(DDM):
 
 # ------------------------------------------------------------------------- samples, and labels
 def noising_step(schedule, s, t):
-    """alpha_ts and std_ts of the noising from level s to t > s, q(x_t | x_s) = N(alpha_ts x_s,
-    std_ts^2 I), and the standard deviation of x_s given x_t and x_0, with which DDPM steps back."""
-    alpha, sigma = schedule
-    alpha_ts = float(alpha[t] / alpha[s])
-    std_ts = math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)            # variances add up
-    return alpha_ts, std_ts, std_ts * float(sigma[s] / sigma[t])
+    """alpha_ts and std_ts of the step from level s to t > s: x_t = alpha_ts x_s + std_ts noise."""
+    alpha, sigma = (v.tolist() for v in schedule)
+    alpha_ts = alpha[t] / alpha[s]
+    return alpha_ts, math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)      # variances add up
 
 
 @torch.no_grad()            # this is about the weights; a CDM takes its gradient in x all the same
 def sample(model, x, steps=None, method="ddim"):
     """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
-
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). Noise stands in for level T, so alpha_T
     must be nearly 0: with uniform_schedule(50), where it is 0.2, DDIM's mean is 4 % short."""
@@ -216,7 +208,9 @@ def sample(model, x, steps=None, method="ddim"):
     for t, s in zip(levels, levels[1:]):                                    # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
-        std = noising_step(model.schedule, s, t)[2] if method == "ddpm" else 0.0
+        std = 0.0                                                # of noise that is drawn anew
+        if method == "ddpm":                                     # as that of x_s given x_t and x_0
+            std = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1]
         if method == "dpm" and s > 0:                # x0_hat is extrapolated by half a step, x kept
             h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))
             ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
@@ -242,7 +236,6 @@ class Given(torch.nn.Module):
 
 def given(model, y, guidance=0.0):
     """The model of p(x | y), for labels y, long (B,), with the same weights; other labels go.
-
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
     change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
     net = model.net.net if isinstance(model.net, Given) else model.net
@@ -256,7 +249,6 @@ def given(model, y, guidance=0.0):
 @torch.no_grad()
 def elbo(model, x0):
     """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,); p_1 is what DDPM draws in endless steps.
-
     E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
     for x_0 of d numbers (Kingma et al. 2021), by the trapezoid rule, so levels must be close. Only
     the denoiser counts: a wrong constant in the logit of a level does not show."""
@@ -267,8 +259,8 @@ def elbo(model, x0):
     errors = []
     for t in range(1, T + 1):
         eps = torch.randn_like(x0)
-        eps_hat = model.predict_noise(model.add_noise(x0, t, eps), t)
-        errors.append((eps_hat - eps).square().flatten(1).sum(1))
+        error = model.predict_noise(model.add_noise(x0, t, eps), t) - eps
+        errors.append(error.square().flatten(1).sum(1))
     integral = torch.trapezoid(torch.stack(errors), -log_snr.to(x0), dim=0)
     prior = log_normal(float(alpha[T]) * x0) - d * float(sigma[T]) ** 2 / 2
     return prior + d * math.log(sigma[T] / sigma[1]) - integral / 2
@@ -277,7 +269,6 @@ def elbo(model, x0):
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
     """log p_t(x) in nats, (B,), at a level t in 1 .. T-1; p_t is what the ODE sampler draws.
-
     The probability-flow ODE (Song et al. 2021) leads from level t to T. For y = x / alpha and
     tau = sigma / alpha it is dy/dtau = eps_hat, and d log p(y) / dtau = -trace of d eps_hat / dy,
     which takes d backward passes, or is estimated by `probes` random ones (Hutchinson)."""
@@ -305,26 +296,26 @@ def ode_log_prob(model, x, t=1, probes=0):
 def annealed_log_z(model, x1):
     """Two numbers in nats that enclose log Z, but for their sampling error. Z is what a CDM's
     exp(log_prob(x, 1)) integrates to: it should be 1. More levels narrow the gap.
-
     Annealed importance sampling (Neal 2001) gives a path x_1 .. x_T, of levels 1 to T, the weight
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
     upward by q, from data x1 (B, ...) of level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, provided
     that the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
+    sigma = model.schedule.sigma.tolist()
+
     def q(xs, t):                                                # the noising from level t-1 to t
-        alpha_ts, std_ts, _ = noising_step(model.schedule, t - 1, t)
+        alpha_ts, std_ts = noising_step(model.schedule, t - 1, t)
         return Normal(alpha_ts * xs, std_ts)
 
     def r(xt, t):                                                # DDPM's step from level t to t-1
-        alpha_ts, std_ts, std = noising_step(model.schedule, t - 1, t)
-        noise = std_ts ** 2 / float(model.schedule.sigma[t]) * model.predict_noise(xt, t)
-        return Normal((xt - noise) / alpha_ts, std)
+        alpha_ts, std_ts = noising_step(model.schedule, t - 1, t)
+        mean = (xt - std_ts ** 2 / sigma[t] * model.predict_noise(xt, t)) / alpha_ts
+        return Normal(mean, sigma[t - 1] / sigma[t] * std_ts)
 
     def mean_log_w(path):
         log_w = model.log_prob(path[0], 1) - log_normal(path[-1])
         for t, (xs, xt) in enumerate(zip(path, path[1:]), 2):
-            factor = q(xs, t).log_prob(xt) - r(xt, t).log_prob(xs)
-            log_w = log_w + factor.flatten(1).sum(1)
+            log_w = log_w + (q(xs, t).log_prob(xt) - r(xt, t).log_prob(xs)).flatten(1).sum(1)
         return log_w.mean().item()
 
     down, up = [torch.randn_like(x1)], [x1]
@@ -338,7 +329,6 @@ def annealed_log_z(model, x1):
 def bits_per_dim(log_p1, sigma1, d):
     """Upper bound on -log2 P(k) / d for 8-bit images k of d pixels, from log p_1 in nats, (B,):
     log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0), for x_0 = (2k+1)/256 - 1.
-
     Grey values have no density, but x_1 has, as its noise blurs them. The noise is no part of the
     image, so its entropy is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. The two
     sides differ by 3e-4 bits if k can be read off x_1: sigma_1 is an eighth of a grey step."""
