@@ -10,7 +10,7 @@ yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the 
     log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
     x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
     eps, eps_hat    the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
-    p_t             the density of x_t; level 0 is there for p_0, the density of the data
+    p_t             the density of x_t; p_0, for which there is a level 0, is that of the data
 
     noise           x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
     classifier      softmax(l(x))_t = p(t | x),        t drawn uniformly from the T+2 levels
@@ -18,7 +18,7 @@ yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the 
     theorem 3.1     E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
 Theorem 3.2 is Bayes' rule. Theorem 3.1 is its gradient, by Tweedie's formula: E[eps | x_t] is
--sigma_t times the gradient of log p_t. Likelihoods are in nats. Bad input is a ValueError.
+-sigma_t times the gradient of log p_t. Likelihoods are in nats. Most bad input is a ValueError.
 """
 
 import copy
@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch.distributions import Normal
 
 # ---------------------------------------------------------------- levels of noise (section 2)
-Schedule = namedtuple("Schedule", "alpha sigma")     # float64 tensors (T+2,), from 1, 0 to 0, 1
+Schedule = namedtuple("Schedule", "alpha sigma")       # float64 (T+2,), from 1 to 0 and from 0 to 1
 
 
 def ddpm_schedule(T=1000):
     """alpha_t^2 is a product of factors 1 - beta; beta grows from 1e-4 to 0.02 (Ho et al. 2020).
-    That is for T = 1000. Each of fewer levels stands for 1000/T steps: alpha_T^2 stays 4e-5."""
+    That is for T = 1000. Of fewer levels each does 1000/T of these steps: alpha_T^2 stays 4e-5."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))                   # levels 1 .. T
     alpha2 = torch.cat([torch.ones(1), alpha2, torch.zeros(1)])
@@ -55,8 +55,8 @@ def ot_schedule(T=1000):
 
 
 def log_snr_schedule(T=256, first=14.0, last=-8.0):
-    """The log-SNR falls evenly, from `first` at t = 1 to `last` at t = T, so that no pair of
-    neighbours is much easier to tell apart than another. alpha_t^2 + sigma_t^2 = 1."""
+    """The log-SNR falls in equal steps, from `first` at t = 1 to `last` at t = T: sigma_t / alpha_t
+    grows by the same factor each time. alpha_t^2 + sigma_t^2 = 1."""
     log_snr = torch.linspace(first, last, T, dtype=torch.float64)
     log_snr = torch.cat([torch.tensor([math.inf]), log_snr, torch.tensor([-math.inf])])
     return Schedule(torch.sqrt(torch.sigmoid(log_snr)), torch.sqrt(torch.sigmoid(-log_snr)))
@@ -99,7 +99,8 @@ class DDM(torch.nn.Module):
     def mse(self, eps_hat, eps, t, w_mse):
         """The mean squared error of eps_hat, in which level t has the weight w_mse or w_mse[t]."""
         error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
-        return (torch.as_tensor(w_mse).to(error).expand(self.T + 2)[t] * error).mean()
+        weight = torch.as_tensor(w_mse).to(error).expand(self.T + 2)         # a number is repeated
+        return (weight[t] * error).mean()
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -107,7 +108,7 @@ class DDM(torch.nn.Module):
         return alpha * x0 + sigma * eps
 
     def denoise(self, xt, t):
-        """E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t. At t = T+1 it is not a number."""
+        """E[x_0 | x_t = xt] = (xt - sigma_t eps_hat) / alpha_t. Not for t = T+1: alpha_t is 0."""
         alpha, sigma = self.scales(t, xt)
         return (xt - sigma * self.predict_noise(xt, t)) / alpha
 
@@ -164,7 +165,7 @@ class CDM(DDM):
             return ratio[:, 0].sum(), ratio
 
         # No row's ratio depends on another row, so the gradient of their sum holds that of each.
-        # Both results can be differentiated once more, with respect to the weights: for training.
+        # has_aux: `ratio` is returned too. Training differentiates both results once more.
         gradient, ratio = torch.func.grad(ratio_at_t, has_aux=True)(xt)
         _, sigma = self.scales(levels[:, 0], xt)
         return ratio, sigma * (xt - gradient)
@@ -173,12 +174,12 @@ class CDM(DDM):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
         A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
-        p(t | x, window) is the softmax of the K logits in it. Cross-entropy is silent about levels
-        that are told apart with certainty. The denoising error teaches their gradients as well, but
-        does not see a constant that is added to the logit of a level."""
+        p(t | x, window) is the softmax of the K logits in it. Cross-entropy teaches nothing about
+        levels that are told apart with certainty. The denoising error still teaches the gradients
+        of their logits, but it does not see a constant that is added to one of them."""
         K, B, device = self.window or self.T + 2, len(x0), x0.device
-        first = torch.randint(self.T + 3 - K, (B, 1), device=device)                 # in the window
-        place = torch.randint(K, (B, 1), device=device)                          # of the true level
+        first = torch.randint(self.T + 3 - K, (B, 1), device=device)         # level of the window
+        place = torch.randint(K, (B, 1), device=device)       # of the true level in the window
         levels = first + (place + torch.arange(K, device=device)) % K    # (B, K), true one first
         t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
@@ -193,26 +194,26 @@ def noising_step(schedule, s, t):
     return alpha_ts, math.sqrt(sigma[t] ** 2 - (alpha_ts * sigma[s]) ** 2)      # variances add up
 
 
-@torch.no_grad()            # this is about the weights; a CDM takes its gradient in x all the same
+@torch.no_grad()          # no graph for the weights; torch.func.grad in x works all the same
 def sample(model, x, steps=None, method="ddim"):
     """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). Noise stands in for level T, so alpha_T
-    must be nearly 0: with uniform_schedule(50), where it is 0.2, DDIM's mean is 4 % short."""
+    must be near 0: in uniform_schedule(50) it is 0.2, and for N(1, 0.2^2) DDIM's mean is 0.96."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
     levels = [model.T - i * model.T // steps for i in range(steps + 1)]                   # T .. 0
-    last_x0_hat, last_h = 0.0, math.inf                # h: length of a step in log(alpha / sigma)
+    last_x0_hat, last_h = 0.0, math.inf                # inf: the first step is of first order
     for t, s in zip(levels, levels[1:]):                                    # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
         std = 0.0                                                # of noise that is drawn anew
         if method == "ddpm":                                     # as that of x_s given x_t and x_0
             std = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1]
-        if method == "dpm" and s > 0:                # x0_hat is extrapolated by half a step, x kept
-            h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))
+        if method == "dpm" and s > 0:      # move x0_hat on by half a step; fit eps_hat to it and x
+            h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))    # length of the step
             ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
             last_x0_hat, last_h = x0_hat, h
             x0_hat, eps_hat = ahead, (x - alpha[t] * ahead) / sigma[t]
@@ -235,7 +236,7 @@ class Given(torch.nn.Module):
 
 
 def given(model, y, guidance=0.0):
-    """The model of p(x | y), for labels y, long (B,), with the same weights; other labels go.
+    """The model of p(x | y), with the same weights, for labels y, long (B,), in place of others.
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
     change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
     net = model.net.net if isinstance(model.net, Given) else model.net
@@ -248,10 +249,10 @@ def given(model, y, guidance=0.0):
 # --------------------------------------------------- three audits: is the likelihood believable?
 @torch.no_grad()
 def elbo(model, x0):
-    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,); p_1 is what DDPM draws in endless steps.
+    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,), where DDPM with endless steps draws p_1:
     E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
-    for x_0 of d numbers (Kingma et al. 2021), by the trapezoid rule, so levels must be close. Only
-    the denoiser counts: a wrong constant in the logit of a level does not show."""
+    (Kingma et al. 2021), x_0 having d numbers. One eps is drawn at each level; the trapezoid rule
+    needs close levels. Only the denoiser counts: wrong constants in the logits do not show."""
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
     if (log_snr.diff() < -1 - 1e-9).any():
@@ -269,9 +270,9 @@ def elbo(model, x0):
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
     """log p_t(x) in nats, (B,), at a level t in 1 .. T-1; p_t is what the ODE sampler draws.
-    The probability-flow ODE (Song et al. 2021) leads from level t to T. For y = x / alpha and
-    tau = sigma / alpha it is dy/dtau = eps_hat, and d log p(y) / dtau = -trace of d eps_hat / dy,
-    which takes d backward passes, or is estimated by `probes` random ones (Hutchinson)."""
+    The probability-flow ODE (Song et al. 2021) leads from level t to T. In y = x / alpha and
+    tau = sigma / alpha it reads dy/dtau = eps_hat, and d log p(y) / dtau is -trace of J, the
+    Jacobian of eps_hat: d backward passes, or `probes` with random signs v, E[v^T J v] = trace."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
@@ -281,8 +282,8 @@ def ode_log_prob(model, x, t=1, probes=0):
         vectors = torch.randint(2, (probes, *x.shape), device=x.device).to(x) * 2 - 1
     y, slopes = x / alpha[t], []
     for s in range(t, model.T + 1):
-        eps_hat, pull = torch.func.vjp(lambda y: model.predict_noise(alpha[s] * y, s), y)
-        trace = sum((v * pull(v)[0]).flatten(1).sum(1) for v in vectors)        # v^T Jacobian v
+        eps_hat, vjp = torch.func.vjp(lambda y: model.predict_noise(alpha[s] * y, s), y)
+        trace = sum((v * vjp(v)[0]).flatten(1).sum(1) for v in vectors)                # v^T J v
         slopes.append(-tau[s] * trace / max(1, probes))               # d log p(y) / d log(tau)
         if s < model.T:                                                            # Heun's method
             step = tau[s + 1] - tau[s]
@@ -294,9 +295,9 @@ def ode_log_prob(model, x, t=1, probes=0):
 
 @torch.no_grad()
 def annealed_log_z(model, x1):
-    """Two numbers in nats that enclose log Z, but for their sampling error. Z is what a CDM's
-    exp(log_prob(x, 1)) integrates to: it should be 1. More levels narrow the gap.
-    Annealed importance sampling (Neal 2001) gives a path x_1 .. x_T, of levels 1 to T, the weight
+    """A lower and an upper bound on log Z in nats, but for sampling errors. Z is the integral of a
+    CDM's exp(log_prob(x, 1)), which should be 1. More levels narrow the gap.
+    Annealed importance sampling (Neal 2001) assigns to a path x_1 .. x_T of levels 1 to T a weight,
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
     upward by q, from data x1 (B, ...) of level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, provided
@@ -327,11 +328,11 @@ def annealed_log_z(model, x1):
 
 
 def bits_per_dim(log_p1, sigma1, d):
-    """Upper bound on -log2 P(k) / d for 8-bit images k of d pixels, from log p_1 in nats, (B,):
+    """Bits/dim, -log2 P(k) / d, of 8-bit images k of d pixels, from log p_1 in nats, (B,), which is
     log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0), for x_0 = (2k+1)/256 - 1.
     Grey values have no density, but x_1 has, as its noise blurs them. The noise is no part of the
-    image, so its entropy is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. The two
-    sides differ by 3e-4 bits if k can be read off x_1: sigma_1 is an eighth of a grey step."""
+    image, so its entropy is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. That is
+    right up to 3e-4 bits a pixel if sigma_1 is at most an eighth of a grey step."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     return -math.log2(sigma1 * math.sqrt(2 * math.pi * math.e)) - log_p1 / (d * math.log(2))

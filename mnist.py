@@ -28,9 +28,9 @@ from torch import nn
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_normal,
                  log_snr_schedule, ode_log_prob, sample)
 
-# width: channels of the network; batch: images a step; lr: the peak learning rate. Then how many
-# images are measured by one_pass, by the elbo, and by what is slow (the ODE, and log Z through
-# fine levels), and how many samples are drawn for the Frechet distance (0: no distance).
+# width: channels of the network; batch: images a step; lr: the peak learning rate. Then the number
+# of images whose likelihood is measured by one_pass, by the elbo, and by what is slow (ODE, log Z);
+# the number of levels for log Z (fine); that of samples for the Frechet distance (0: none).
 FULL = dict(width=64, batch=256, steps=20000, lr=0.002,
             one_pass=10000, elbo=500, slow=40, fine=2048, samples=1000)
 QUICK = dict(width=32, batch=64, steps=500, lr=0.004,
@@ -71,7 +71,8 @@ def load_data(dataset, folder):
 
 
 def to_x0(images):
-    """Grey values k = 0 .. 255 as floats: (2k+1)/256 - 1, the middle of a 256th part of [-1, 1]."""
+    """Grey values k = 0 .. 255 as floats: [-1, 1] is cut into 256 parts, and k is the middle of
+    part k, (2k+1)/256 - 1."""
     return (2 * images.float() + 1) / 256 - 1
 
 
@@ -84,8 +85,8 @@ class Block(nn.Module):
     """Two convolutions and a skip connection, (B, C, H, W) -> the same. cond (B, 32) is the class
     and, in a DDM, the level. GroupNorm keeps rows apart; SiLU is smooth, as a CDM needs.
 
-    If the number of places H W is given, every place hears from every other first, by a learned
-    matrix for each quarter of the channels: it stands in for attention, and is cheaper."""
+    If the number of places H W is given, learned matrices (H W, H W) mix all places first, one for
+    each quarter of the channels: this is attention with fixed weights, and cheaper."""
 
     def __init__(self, channels, places=None):
         super().__init__()
@@ -102,7 +103,7 @@ class Block(nn.Module):
     def forward(self, x, cond):
         if self.places:
             quarters = F.silu(self.norm0(x)).flatten(2).unflatten(1, (4, -1))   # (B, 4, C/4, H W)
-            x = x + (quarters @ self.matrices).view_as(x)
+            x = x + (quarters @ self.matrices).view_as(x)                     # (4, H W, H W)
         h = self.conv1(F.silu(self.norm1(x))) + self.cond(cond)[:, :, None, None]
         return x + self.conv2(F.silu(self.norm2(h)))
 
@@ -137,7 +138,8 @@ class PixelMixture(nn.Module):
     N(alpha c, sigma^2), N(m, v) into N(alpha m, alpha^2 v + sigma^2), so its log-density is a
     formula. But its weights depend on x itself, so nothing forces the result to integrate to 1:
     that is what log Z measures. Untrained, its weights are the histogram of each pixel, which makes
-    1.77 bits/dim; all from there to 1.12 was learned."""
+    1.77 bits/dim; all from there to 1.12 was learned. log_lattice, at the end of this section, is a
+    refinement that may be skipped."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -159,12 +161,12 @@ class PixelMixture(nn.Module):
         x, alpha, sigma = x[:, None], alpha[:, None, None], sigma[:, None, None]      # (B, 1, d)
         params = F.pixel_shuffle(self.read(features), 2).flatten(2)
         weight, mean, spread = params.split([n + g, g, g], 1)                        # (B, .., d)
-        variance = torch.exp(spread - 1.5) + STEP ** 2               # one grey step wide at least
-        variance = alpha ** 2 * variance + sigma ** 2
-        of_greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
-        of_gaussians = log_gaussian(x, alpha * (self.mean + mean), variance)
-        log_p = torch.cat([of_greys, of_gaussians + log_lattice(x, alpha, sigma)], 1)
         log_weight = (weight + self.log_weight).log_softmax(1)
+        of_greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
+        mean, variance = self.mean + mean, torch.exp(spread - 1.5) + STEP ** 2       # of clean x
+        of_gaussians = log_gaussian(x, alpha * mean, alpha ** 2 * variance + sigma ** 2)
+        of_gaussians = of_gaussians + log_lattice(x, alpha, sigma)         # 0 but for little noise
+        log_p = torch.cat([of_greys, of_gaussians], 1)
         return torch.logsumexp(log_weight + log_p, 1).sum(1) - log_normal(x)
 
 
@@ -193,7 +195,7 @@ class DigitClassifier(nn.Module):
 
     The paper's network returns the logits of all T+2 levels; this one only those asked about. It is
     not told which of them is the true one, so it is a classifier all the same. It knows levels by
-    their noise, not by their number, and so serves any schedule.
+    their noise, not by their number, and so serves any number of them.
 
     In a DDM the network is the same, but is `told` the level of x from the start."""
 
@@ -203,7 +205,7 @@ class DigitClassifier(nn.Module):
         self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
         self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
         self.last = nn.Conv2d(width, width, 3, padding=1)
-        self.constant = nn.Linear(32, 1, bias=False)            # for each level, learned
+        self.constant = nn.Linear(32, 1, bias=False)               # that is learned for each level
         nn.init.zeros_(self.label.weight)
         nn.init.zeros_(self.constant.weight)
         self.told = told
@@ -212,7 +214,7 @@ class DigitClassifier(nn.Module):
         n, wave = alpha.shape[1], waves(alpha, sigma)                                 # (B, n, 32)
         if y is None:
             y = torch.full((len(x),), CLASSES, device=x.device)       # stands for an unknown class
-        if self.told:                      # a DDM needs no gradient of the features, and saves time
+        if self.told:                # in a DDM; detach keeps the trunk out of the gradient in x
             features = self.trunk(x.detach(), self.label(y) + wave[:, 0])
         else:
             features = self.trunk(x, self.label(y))
@@ -222,7 +224,7 @@ class DigitClassifier(nn.Module):
         sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
         ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
         pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
-        constant = self.constant(wave - pure_noise)[..., 0]                # is 0 at level T+1
+        constant = self.constant(wave - pure_noise)[..., 0]                # is 0 at levels T, T+1
         return ratio + 10 * constant                                       # 10: learns faster
 
 
@@ -235,7 +237,7 @@ class DigitCDM(CDM):
 
 
 class DigitDDM(DDM):
-    """A DDM of the same network; eps_hat is the gradient of its mixture, with fixed features."""
+    """A DDM of the same network: theorem 3.1 for a mixture whose features are held fixed."""
 
     def predict_noise(self, xt, t):
         levels = self.level(t, xt)[:, None]
@@ -245,18 +247,18 @@ class DigitDDM(DDM):
 
 
 def log_lattice(x, alpha, sigma):
-    """The log of a factor that the Gaussians of PixelMixture need, (B, 1, d). It may be skipped.
+    """A correction of log p for the Gaussians of PixelMixture, (B, 1, d). It may be skipped.
 
-    Clean greys lie on a lattice, c_k = STEP (k + 1/2). With little noise a pixel is therefore near
-    some alpha c_k, and a smooth density has to be multiplied by the sum over k of alpha STEP
-    N(x; alpha c_k, sigma^2); two neighbours on each side are enough. Where noise hides the lattice,
-    the factor is 1. It has no weights. Without it, 0.125 bits/dim are lost."""
+    Clean pixels take only the values c_k = STEP (k + 1/2), but a Gaussian spreads between them too.
+    With little noise the factor, sum over k of alpha STEP N(x; alpha c_k, sigma^2), puts it back
+    near these values; two neighbours on each side are enough. Where noise hides the steps, it is 1.
+    It has no weights. Without it, 0.125 bits/dim are lost."""
     hidden = sigma > 0.6 * alpha * STEP
     alpha, sigma = torch.where(hidden, 1.0, alpha), torch.where(hidden, STEP, sigma)
-    neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)
-    z = (torch.remainder(x / alpha, STEP) - neighbours) * (alpha / sigma)               # (B, 5, d)
-    log_sum = torch.logsumexp(log_gaussian(z, 0.0, torch.ones_like(z)), 1, keepdim=True)
-    return torch.where(hidden, 0.0, log_sum + torch.log(alpha * STEP / sigma))
+    neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)            # (5, 1)
+    x = alpha * torch.remainder(x / alpha, STEP)                    # the same for all c_k: use c_0
+    near = log_gaussian(x, alpha * neighbours, sigma ** 2).logsumexp(1, keepdim=True)
+    return torch.where(hidden, 0.0, near + torch.log(alpha * STEP))
 
 
 def build(config, images=None):
@@ -270,8 +272,8 @@ def build(config, images=None):
 
 
 # --------------------------------------------------------------------------------------- training
-W_CE = 0.02                     # the denoising error must lead: toy_2d.py --chasm shows why
-UNLABELLED = 0.2                # the share of rows whose class is hidden; they teach p(x)
+W_CE = 0.02                    # of the cross-entropy: so small that the denoising error leads
+UNLABELLED = 0.2               # the share of rows whose class is hidden; they teach p(x)
 
 
 def best_linear_mse(images, schedule):
@@ -306,13 +308,13 @@ def load(path, device="cpu", dataset=None):
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
     """Train and return a model. Writes out/model.pt, log.csv, and at the end the small weights.pt.
-    SystemExit, before anything is written, if model.pt does not fit to `resume` or to config."""
-    path, steps, log, first = out / "model.pt", config["steps"], ["step,ce,mse,ms_per_step\n"], 0
-    model = build(config, images).to(device)
-    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    SystemExit, before anything is changed, if model.pt does not fit to `resume` or to config."""
+    path, steps, first, log = out / "model.pt", config["steps"], 0, ["step,ce,mse,ms_per_step\n"]
     if resume != path.exists():
         sys.exit(f"there is no {path} to --resume" if resume else
                  f"{path} is there already: add --resume to go on with it, or name another --out")
+    model = build(config, images).to(device)
+    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     if resume:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["config"] != config:
@@ -321,9 +323,9 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])
     error = best_linear_mse(images, model.schedule)
-    w_mse = (error.mean() / error).float().to(device)         # errors count relative to this one
+    w_mse = (error.mean() / error).float().to(device)       # an error counts relative to this one
     y = torch.zeros(config["batch"], dtype=torch.long, device=device)
-    losses = given(model, y).losses                     # for the labels that y will hold each time
+    losses = given(model, y).losses              # it keeps y, whose values each step will replace
     losses = torch.compile(losses) if compiled else losses
     images, labels, begun = images.to(device), labels.to(device), time.time()
     for step in range(first + 1, steps + 1):
@@ -361,8 +363,8 @@ def batches(function, x):
 
 
 def likelihood(model, images, preset):
-    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how far two likelihoods of
-    its denoiser are from that, and log Z, by which it is to be corrected."""
+    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO and its
+    ODE differ from that, and log Z, which has to be added."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
@@ -376,10 +378,10 @@ def likelihood(model, images, preset):
         print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}", flush=True)
     finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
     below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
-    middle, half = (below + above) / 2, (above - below) / 2
-    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {middle:6.3f} +- {half:.3f}")
+    middle, margin = (below + above) / 2, (above - below) / 2
+    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {middle:6.3f} +- {margin:.3f}")
     total = one_pass.mean().item() + middle
-    error = math.hypot(one_pass.std().item() / len(one_pass) ** 0.5, half)
+    error = math.hypot(one_pass.std().item() / len(one_pass) ** 0.5, margin)
     print(f"To be quoted is one pass + log Z: {total:.3f} +- {error:.3f} bits/dim.", flush=True)
 
 
@@ -413,8 +415,8 @@ def of_each_class(images, labels, n):
 
 
 def quality(models, train_set, test_set, n):
-    """Print how far n samples are from the test digits, beside n real digits. "Label first" means
-    samples of p(x | y), as many of each class: together they are nearly samples of p(x) too."""
+    """Print how far n samples (hundreds) are from the test digits, beside n real ones. Label first:
+    samples of p(x | y), as many of each class; together they are nearly samples of p(x) too."""
     judge, body = make_judge(*train_set)
     target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
     order = torch.randperm(len(train_set[1])).to(train_set[1])      # neighbours share their writer
@@ -424,7 +426,7 @@ def quality(models, train_set, test_set, n):
     for name, model in models.items():
         for how, one in ((", label first", given(model, y)), (", free", model)):
             begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
-            x0 = batches(lambda x: sample(one, x, None, "ddpm"), noise).to(noise)
+            x0 = batches(lambda x: sample(one, x, method="ddpm"), noise).to(noise)
             drawn[name + how] = x0, 1000 * (time.time() - begun) / n
     print(f"\n| {n:7d} samples, DDPM              | Frechet distance | 90 % sure | ms each |\n"
           "| --------------------------------- | ---------------- | --------- | ------- |")
@@ -453,7 +455,7 @@ def show_samples(models, images, labels, path):
     for ax, (name, model) in zip(axes[0, 1:], models.items()):
         torch.manual_seed(0)
         noise = torch.randn(100, *images.shape[1:]).to(images.device)
-        x0 = sample(given(model, y), noise, None, "ddpm").clamp(-1, 1)
+        x0 = sample(given(model, y), noise, method="ddpm").clamp(-1, 1)
         picture(ax, x0.unflatten(0, (10, 10)), f"drawn by {name}")
     fig.savefig(path, dpi=100)
 
@@ -468,7 +470,7 @@ def show_levels(model, image, path):
         x0, t = to_x0(image), round(share * model.T)
         eps = torch.randn_like(x0)
         xt = model.add_noise(x0, t, eps)
-        picture(column[0], (xt / 2)[None], f"x_t, true level t = {t}")
+        picture(column[0], (xt / 2)[None], f"x_t, true level t = {t}")      # / 2: noise exceeds 1
         column[1].plot(model.log_ratio(xt, every)[0].softmax(0).cpu())
         column[1].axvline(t, color="grey", linestyle=":")
         column[1].set(yticks=[], xlabel="level", ylim=(0, None))
