@@ -362,14 +362,13 @@ def batches(function, x):
     return torch.cat([function(part) for part in x.split(100)]).cpu().double()
 
 
-def likelihood(model, images, preset):
-    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO and its
-    ODE differ from that, and log Z, which has to be added."""
+def likelihood(model, images, bound, preset):
+    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO (bound, of
+    the first images) and its ODE differ from that, and log Z, which has to be added."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
     one_pass = bits_per_dim(batches(lambda x: model.log_prob(x, 1), x1), sigma1, d)
-    bound = bits_per_dim(batches(lambda x: elbo(model, x), x0[:preset["elbo"]]), sigma1, d)
     flow = bits_per_dim(batches(lambda x: ode_log_prob(model, x, probes=1), few), sigma1, d)
     for name, values in (("bits/dim by one forward pass", one_pass),
                          ("ELBO minus one pass", bound - one_pass[:len(bound)]),
@@ -482,23 +481,22 @@ def show_levels(model, image, path):
 
 
 @torch.no_grad()
-def show_errors(models, images, train_images, path):
+def show_errors(models, bounds, images, train_images, path):
     """The MSE of eps_hat at each level, divided by that of the best linear denoiser (compare figure
     4 of the paper). Prints its mean over levels, and the ELBO, of all models on the same images."""
-    x0, d = to_x0(images), images[0].numel()
+    x0 = to_x0(images)
     eps = torch.randn_like(x0)
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     print(f"\n| {len(x0):5d} images          | weights | ELBO, bits/dim | MSE / best linear's |\n"
           "| --------------------- | ------- | -------------- | ------------------- |")
     for name, model in models.items():
-        alpha, sigma = model.schedule
         mse = torch.tensor([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps)
                             for t in range(1, model.T + 1)])
         mse = mse / best_linear_mse(train_images, model.schedule)[1:-1]
-        bound = bits_per_dim(batches(lambda x: elbo(model, x), x0), sigma[1].item(), d).mean()
-        print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | {bound:14.4f} | "
-              f"{mse.mean():19.4f} |", flush=True)
+        print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | "
+              f"{bounds[name].mean():14.4f} | {mse.mean():19.4f} |", flush=True)
         style = "-" if isinstance(model, CDM) else "--"               # one nearly covers the other
+        alpha, sigma = model.schedule
         ax.plot(2 * (alpha / sigma).log()[1:-1], mse, style, label=name)
     ax.set(xlabel="log-SNR (left: noise)", title="MSE of eps_hat / the best linear denoiser's")
     ax.legend()
@@ -509,13 +507,16 @@ def show_errors(models, images, train_images, path):
 def measure(models, train_set, test_set, preset, out):
     """One screen of numbers on the test set, and three pictures."""
     images = test_set[0][:preset["one_pass"]]
+    few, bounds = images[:preset["elbo"]], {}
     show_samples(models, *test_set, out / "samples.png")
     for name, model in models.items():
+        bound = batches(lambda x: elbo(model, x), to_x0(few))
+        bounds[name] = bits_per_dim(bound, model.schedule.sigma[1].item(), few[0].numel())
         if isinstance(model, CDM):
             print(f"\n{name}")
-            likelihood(model, images, preset)
+            likelihood(model, images, bounds[name], preset)
             show_levels(model, images[:1], out / "levels.png")
-    show_errors(models, images[:preset["elbo"]], train_set[0], out / "errors.png")
+    show_errors(models, bounds, few, train_set[0], out / "errors.png")
     if preset["samples"]:
         quality(models, train_set, test_set, preset["samples"])
     print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
