@@ -218,9 +218,10 @@ class DigitClassifier(nn.Module):
             features = self.trunk(x.detach(), self.label(y) + wave[:, 0])
         else:
             features = self.trunk(x, self.label(y))
+        # From here on there are B n rows, one for each level that is asked about.
         features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
         h = self.norm1(features + self.level(wave).flatten(0, 1)[:, :, None, None])
-        h = F.silu(self.norm2(features + self.last(F.silu(h))))                       # (B n, ..)
+        h = F.silu(self.norm2(features + self.last(F.silu(h))))
         sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
         ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
         pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
