@@ -212,12 +212,11 @@ class DigitClassifier(nn.Module):
 
     def forward(self, x, alpha, sigma, y=None):
         n, wave = alpha.shape[1], waves(alpha, sigma)                                 # (B, n, 32)
-        if y is None:
-            y = torch.full((len(x),), CLASSES, device=x.device)       # stands for an unknown class
+        cond = self.label.weight[-1:] if y is None else self.label(y)    # the last: unknown class
         if self.told:                # in a DDM; detach keeps the trunk out of the gradient in x
-            features = self.trunk(x.detach(), self.label(y) + wave[:, 0])
+            features = self.trunk(x.detach(), cond + wave[:, 0])
         else:
-            features = self.trunk(x, self.label(y))
+            features = self.trunk(x, cond)
         # From here on there are B n rows, one for each level that is asked about.
         features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
         h = self.norm1(features + self.level(wave).flatten(0, 1)[:, :, None, None])
@@ -311,9 +310,10 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
     """Train and return a model. Writes out/model.pt, log.csv, and at the end the small weights.pt.
     SystemExit, before anything is changed, if model.pt does not fit to `resume` or to config."""
     path, steps, first, log = out / "model.pt", config["steps"], 0, ["step,ce,mse,ms_per_step\n"]
-    if resume != path.exists():
-        sys.exit(f"there is no {path} to --resume" if resume else
-                 f"{path} is there already: add --resume to go on with it, or name another --out")
+    if resume and not path.exists():
+        sys.exit(f"there is no {path} to --resume")
+    if not resume and (path.exists() or (out / "weights.pt").exists()):
+        sys.exit(f"{out} has a training already: add --resume to go on with it, or name another")
     model = build(config, images).to(device)
     optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
     if resume:
@@ -338,7 +338,7 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         optimiser.zero_grad()
         (W_CE * ce + mse).backward()
         if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 2.0).item()):
-            sys.exit(f"training diverged at step {step}: a gradient is not finite")
+            sys.exit(f"diverged at step {step}: a gradient is not finite; try another --seed")
         warm_up, cosine = step / (0.03 * steps + 1), math.cos(math.pi * step / steps)
         optimiser.param_groups[0]["lr"] = config["lr"] * min(warm_up, (1 + cosine) / 2)
         optimiser.step()
@@ -378,7 +378,7 @@ def likelihood(model, images, bound, preset):
         print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}", flush=True)
     finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
     below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
-    middle, margin = (below + above) / 2, (above - below) / 2
+    middle, margin = (below + above) / 2, abs(above - below) / 2
     print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {middle:6.3f} +- {margin:.3f}")
     total = one_pass.mean().item() + middle
     error = math.hypot(one_pass.std().item() / len(one_pass) ** 0.5, margin)
@@ -446,14 +446,14 @@ def picture(ax, x0, title):
     ax.axis("off")
 
 
-def show_samples(models, images, labels, path):
+def show_samples(models, images, labels, seed, path):
     """Real digits, and those of each model, all models from the same noise: a class in each row."""
     fig, axes = plt.subplots(1, 1 + len(models), figsize=(3 + 3 * len(models), 3.3), squeeze=False,
                              layout="constrained")
     picture(axes[0, 0], of_each_class(images, labels, 10).unflatten(0, (10, 10)), "real digits")
     y = torch.arange(CLASSES, device=labels.device).repeat_interleave(10)
     for ax, (name, model) in zip(axes[0, 1:], models.items()):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         noise = torch.randn(100, *images.shape[1:]).to(images.device)
         x0 = sample(given(model, y), noise, method="ddpm").clamp(-1, 1)
         picture(ax, x0.unflatten(0, (10, 10)), f"drawn by {name}")
@@ -505,18 +505,20 @@ def show_errors(models, bounds, images, train_images, path):
 
 
 # ------------------------------------------------------------------------------------------- main
-def measure(models, train_set, test_set, preset, out):
+def measure(models, train_set, test_set, preset, seed, out):
     """One screen of numbers on the test set, and three pictures."""
     images = test_set[0][:preset["one_pass"]]
     few, bounds = images[:preset["elbo"]], {}
-    show_samples(models, *test_set, out / "samples.png")
+    show_samples(models, *test_set, seed, out / "samples.png")
     for name, model in models.items():
+        torch.manual_seed(seed)                                   # the same noise for all models
         bound = batches(lambda x: elbo(model, x), to_x0(few))
         bounds[name] = bits_per_dim(bound, model.schedule.sigma[1].item(), few[0].numel())
         if isinstance(model, CDM):
             print(f"\n{name}")
             likelihood(model, images, bounds[name], preset)
             show_levels(model, images[:1], out / "levels.png")
+    torch.manual_seed(seed)
     show_errors(models, bounds, few, train_set[0], out / "errors.png")
     if preset["samples"]:
         quality(models, train_set, test_set, preset["samples"])
@@ -568,7 +570,7 @@ def main():
             models = {args.model: train(config, *train_set, args.device, out, args.resume,
                                         args.compile)}
         train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
-        measure(models, train_set, test_set, preset, out)
+        measure(models, train_set, test_set, preset, args.seed, out)
     except KeyboardInterrupt:
         sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
     if args.quick and not args.weights:

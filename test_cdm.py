@@ -508,7 +508,7 @@ def test_a_cdm_and_a_ddm_train_resume_and_are_measured_together(monkeypatch, cap
     run_digits(tmp_path / "a ddm", "--steps", 3, "--model", "ddm")
     run_digits(tmp_path / "b")
     monkeypatch.setattr(mnist, "save", stop)
-    for why, *flags in (["--resume goes on from it"], ["is there already: add --resume"],
+    for why, *flags in (["--resume goes on from it"], ["has a training already: add --resume"],
                         ["is of .*, not of .*: name another", "--resume", "--batch", 32]):
         with pytest.raises(SystemExit, match=why):
             run_digits(out, *flags)

@@ -196,7 +196,7 @@ W_MSE = (W_MSE / W_MSE.mean()).float()
 # log p_0, as sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
 METHODS = {"NCE": partial(tre, bridges=1), "TRE": tre,
            "CE": partial(classifier, w_ce=1.0, w_mse=0.0),
-           "MSE": partial(classifier, w_ce=0.0, w_mse=1.0, t=1), "time-score": time_score,
+           "MSE": partial(classifier, w_ce=0.0, w_mse=W_MSE, t=1), "time-score": time_score,
            "CDM": partial(classifier, w_ce=1.0, w_mse=W_MSE), "DDM-ODE": ddm}
 
 
