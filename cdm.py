@@ -4,8 +4,7 @@ Read it beside the paper (Yadin, Elata, Michaeli, NeurIPS 2024, arXiv 2402.10095
 sample with an unknown amount of noise and classifies how noisy it is. That is all it outputs, and
 yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the ideal classifier.
 
-    t               the level: 0 is clean data, 1 .. T are noisier and noisier, T+1 is pure noise;
-                    for all functions an int, or a long tensor (B,) with a level for each row
+    t               the level, an int or long (B,): 0 is clean data, 1 .. T noisier, T+1 pure noise
     alpha, sigma    scale of the signal and of the noise at each level, (T+2,)
     log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
     x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
@@ -26,7 +25,6 @@ import math
 from collections import namedtuple
 
 import torch
-import torch.nn.functional as F
 from torch.distributions import Normal
 
 # ---------------------------------------------------------------- levels of noise (section 2)
@@ -99,8 +97,7 @@ class DDM(torch.nn.Module):
     def mse(self, eps_hat, eps, t, w_mse):
         """The mean squared error of eps_hat, in which level t has the weight w_mse or w_mse[t]."""
         error = (eps_hat - eps).square().flatten(1).mean(1)                                 # (B,)
-        weight = torch.as_tensor(w_mse).to(error).expand(self.T + 2)         # a number is repeated
-        return (weight[t] * error).mean()
+        return (torch.as_tensor(w_mse).to(error).expand(self.T + 2)[t] * error).mean()
 
     def add_noise(self, x0, t, eps):
         """x_t = alpha_t x_0 + sigma_t eps."""
@@ -135,7 +132,6 @@ class CDM(DDM):
     The network is not told how noisy x is: to find that is its task. Rows must not influence each
     other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
     ReLU). If your network takes levels as an input, override log_ratio in a subclass."""
-
     window = None           # how many neighbouring levels `losses` compares; None: all T+2
 
     def log_ratio(self, x, levels):
@@ -149,8 +145,7 @@ class CDM(DDM):
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x) in nats, (B,), in one forward pass. t = 0: the data's density.
-        A network may output any function, and nothing forces its density to integrate to 1: see
-        annealed_log_z."""
+        A network may output anything; whether that integrates to 1, annealed_log_z measures."""
         ratio = self.log_ratio(x, self.level(t, x)[:, None])[:, 0]
         return ratio + log_normal(x.to(ratio))
 
@@ -174,16 +169,15 @@ class CDM(DDM):
         """Cross-entropy (nats) and denoising error of clean data x0: two scalars, for the caller to
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
         A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
-        p(t | x, window) is the softmax of the K logits in it. Cross-entropy teaches nothing about
-        levels that are told apart with certainty. The denoising error still teaches the gradients
-        of their logits, but it does not see a constant that is added to one of them."""
+        p(t | x, window) is the softmax of its K logits. Cross-entropy teaches nothing about levels
+        that are told apart with certainty. The error does, but sees no constant in a logit."""
         K, B, device = self.window or self.T + 2, len(x0), x0.device
         first = torch.randint(self.T + 3 - K, (B, 1), device=device)         # level of the window
         place = torch.randint(K, (B, 1), device=device)       # of the true level in the window
         levels = first + (place + torch.arange(K, device=device)) % K    # (B, K), true one first
         t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
-        return F.cross_entropy(ratio, torch.zeros_like(t)), self.mse(eps_hat, eps, t, w_mse)
+        return -ratio.log_softmax(1)[:, 0].mean(), self.mse(eps_hat, eps, t, w_mse)
 
 
 # ------------------------------------------------------------------------- samples, and labels
@@ -209,16 +203,14 @@ def sample(model, x, steps=None, method="ddim"):
     for t, s in zip(levels, levels[1:]):                                    # from t to a cleaner s
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
-        std = 0.0                                                # of noise that is drawn anew
-        if method == "ddpm":                                     # as that of x_s given x_t and x_0
-            std = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1]
+        new = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1] if method == "ddpm" else 0
         if method == "dpm" and s > 0:      # move x0_hat on by half a step; fit eps_hat to it and x
             h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))    # length of the step
             ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
             last_x0_hat, last_h = x0_hat, h
             x0_hat, eps_hat = ahead, (x - alpha[t] * ahead) / sigma[t]
-        kept = math.sqrt(max(0, sigma[s] ** 2 - std ** 2))
-        x = alpha[s] * x0_hat + kept * eps_hat + std * torch.randn_like(x)
+        kept = math.sqrt(max(0, sigma[s] ** 2 - new ** 2))              # the rest of the noise
+        x = alpha[s] * x0_hat + kept * eps_hat + new * torch.randn_like(x)
     return x
 
 
@@ -227,7 +219,8 @@ class Given(torch.nn.Module):
 
     def __init__(self, net, y, guidance):
         super().__init__()
-        self.net, self.guidance = net, guidance
+        self.net = net.net if isinstance(net, Given) else net        # these labels replace others
+        self.guidance = guidance
         self.register_buffer("y", y, persistent=False)
 
     def forward(self, *inputs):
@@ -239,10 +232,9 @@ def given(model, y, guidance=0.0):
     """The model of p(x | y), with the same weights, for labels y, long (B,), in place of others.
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
     change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
-    net = model.net.net if isinstance(model.net, Given) else model.net
     labelled = copy.copy(model)                           # it shares all but `net` with the model
     labelled._modules = dict(model._modules)
-    labelled.net = Given(net, y, guidance)
+    labelled.net = Given(model.net, y, guidance)
     return labelled
 
 
@@ -300,8 +292,8 @@ def annealed_log_z(model, x1):
     Annealed importance sampling (Neal 2001) assigns to a path x_1 .. x_T of levels 1 to T a weight,
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
-    upward by q, from data x1 (B, ...) of level 1, have E[1/w] = 1/Z, so E[log w] >= log Z, provided
-    that the data follow p_1 / Z: the better the model, the more this bound can be trusted."""
+    upward by q, from x1 (B, ...), have E[1/w] = 1/Z, so E[log w] >= log Z, if x1, data at level 1,
+    follow p_1 / Z. The better the model, the more this bound can be trusted."""
     sigma = model.schedule.sigma.tolist()
 
     def q(xs, t):                                                # the noising from level t-1 to t
