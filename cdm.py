@@ -170,7 +170,7 @@ class CDM(DDM):
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
         A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
         p(t | x, window) is the softmax of its K logits. Cross-entropy teaches nothing about levels
-        that are told apart with certainty. The error does, but sees no constant in a logit."""
+        that are told apart with certainty. The error does, but a constant in a logit escapes it."""
         K, B, device = self.window or self.T + 2, len(x0), x0.device
         first = torch.randint(self.T + 3 - K, (B, 1), device=device)         # level of the window
         place = torch.randint(K, (B, 1), device=device)       # of the true level in the window
@@ -216,7 +216,6 @@ def sample(model, x, steps=None, method="ddim"):
 
 class Given(torch.nn.Module):
     """The network `net` with the labels y (B,) of a batch filled in."""
-
     def __init__(self, net, y, guidance):
         super().__init__()
         self.net = net.net if isinstance(net, Given) else net        # these labels replace others
@@ -305,18 +304,19 @@ def annealed_log_z(model, x1):
         mean = (xt - std_ts ** 2 / sigma[t] * model.predict_noise(xt, t)) / alpha_ts
         return Normal(mean, sigma[t - 1] / sigma[t] * std_ts)
 
-    def mean_log_w(path):
+    def mean_log_w(path, steps):
         log_w = model.log_prob(path[0], 1) - log_normal(path[-1])
-        for t, (xs, xt) in enumerate(zip(path, path[1:]), 2):
-            log_w = log_w + (q(xs, t).log_prob(xt) - r(xt, t).log_prob(xs)).flatten(1).sum(1)
+        for t, (xs, xt, step) in enumerate(zip(path, path[1:], steps), 2):
+            log_w = log_w + (q(xs, t).log_prob(xt) - step.log_prob(xs)).flatten(1).sum(1)
         return log_w.mean().item()
 
-    down, up = [torch.randn_like(x1)], [x1]
+    down, up, steps = [torch.randn_like(x1)], [x1], []
     for t in range(model.T, 1, -1):
-        down.insert(0, r(down[0], t).sample())
+        steps.insert(0, r(down[0], t))
+        down.insert(0, steps[0].sample())
     for t in range(2, model.T + 1):
         up.append(q(up[-1], t).sample())
-    return mean_log_w(down), mean_log_w(up)
+    return mean_log_w(down, steps), mean_log_w(up, [r(xt, t) for t, xt in enumerate(up[1:], 2)])
 
 
 def bits_per_dim(log_p1, sigma1, d):
