@@ -2,7 +2,7 @@
 
     python mnist.py --quick                        a short training, four minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   measure the two trained networks, eight minutes
+                                                   measure the two trained networks, nine minutes
     python mnist.py --device cuda                  the full training, on a GPU
     python mnist.py --dataset digits --quick       8x8 digits of scikit-learn, without a download
 
