@@ -2,7 +2,7 @@
 
     python toy_2d.py                seven methods on six densities in the plane, two minutes
     python toy_2d.py --seeds 3      the same with mean and spread over three trainings
-    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, four minutes
+    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, five minutes
 
 Times are of two CPU cores. All methods train the same network on the same samples. They are
 noise-contrastive estimation (NCE), telescoping ratios (TRE), a classifier of noise levels with one
