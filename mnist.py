@@ -319,7 +319,8 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
     if resume:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["config"] != config:
-            sys.exit(f"{path} is of {kept['config']}, not of {config}: name another --out")
+            sys.exit(f"{path} is of {kept['config']}, not of {config}: give the flags that it had, "
+                     "or start anew in another --out")
         first, log = kept["step"], kept["log"]
         model.load_state_dict(kept["model"])
         optimiser.load_state_dict(kept["optimiser"])

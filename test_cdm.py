@@ -271,7 +271,7 @@ def test_a_ddm_of_the_same_denoiser_is_the_same_diffusion_model():
 
 BAD = {
     "log-SNR rises": lambda m, x: CDM(m.net, log_snr_schedule(10, -8, 8)),
-    "schedule ends": lambda m, x: CDM(None, Schedule(torch.linspace(1, 0.1, 9), torch.rand(9))),
+    "schedule ends": lambda m, x: CDM(m.net, Schedule(*(v[:-1] for v in m.schedule))),
     "no schedule": lambda m, x: CDM(None, 1000),
     "level above": lambda m, x: m.predict_noise(x, 12),
     "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
@@ -509,7 +509,7 @@ def test_a_cdm_and_a_ddm_train_resume_and_are_measured_together(monkeypatch, cap
     run_digits(tmp_path / "b")
     monkeypatch.setattr(mnist, "save", stop)
     for why, *flags in (["--resume goes on from it"], ["has a training already: add --resume"],
-                        ["is of .*, not of .*: name another", "--resume", "--batch", 32]):
+                        ["is of .*, not of .*: give the flags", "--resume", "--batch", 32]):
         with pytest.raises(SystemExit, match=why):
             run_digits(out, *flags)
     monkeypatch.setattr(mnist, "save", save)
