@@ -256,6 +256,7 @@ def test_a_labelled_model_shares_weights_is_copied_and_pickled_and_label_10_is_n
     assert_close(given(model, 0 * y + 10).predict_noise(x, 9), free)
     for twin in (copy.deepcopy(labelled), pickle.loads(pickle.dumps(labelled))):
         assert_close(twin.predict_noise(x, 9), value)
+    assert twin.to("meta").net.y.is_meta                                # labels go to the device
 
 
 def test_a_ddm_of_the_same_denoiser_is_the_same_diffusion_model():
