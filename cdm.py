@@ -9,15 +9,15 @@ yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the 
     log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
     x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
     eps, eps_hat    the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
-    p_t             the density of x_t; p_0, for which there is a level 0, is that of the data
+    p_t             the density of x_t; p_0, at level 0, is that of the data
 
     noise           x_t = alpha_t x_0 + sigma_t eps,   eps ~ N(0, I)
     classifier      softmax(l(x))_t = p(t | x),        t drawn uniformly from the T+2 levels
     theorem 3.2     log p_t(x) = l_t(x) - l_{T+1}(x) + log N(x; 0, I)
     theorem 3.1     E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
-Theorem 3.2 is Bayes' rule. Theorem 3.1 is its gradient, by Tweedie's formula: E[eps | x_t] is
--sigma_t times the gradient of log p_t. Likelihoods are in nats. Most bad input is a ValueError.
+Theorem 3.2 is Bayes' rule. Theorem 3.1 is the gradient of 3.2: by Tweedie's formula, E[eps | x_t]
+is -sigma_t times that of log p_t. Likelihoods are in nats. Most bad input is a ValueError.
 """
 
 import copy
@@ -33,7 +33,7 @@ Schedule = namedtuple("Schedule", "alpha sigma")       # float64 (T+2,), from 1 
 
 def ddpm_schedule(T=1000):
     """alpha_t^2 is a product of factors 1 - beta; beta grows from 1e-4 to 0.02 (Ho et al. 2020).
-    That is for T = 1000. Of fewer levels each does 1000/T of these steps: alpha_T^2 stays 4e-5."""
+    That is for T = 1000. With fewer, each level is 1000/T such steps: alpha_T^2 stays 4e-5."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))                   # levels 1 .. T
     alpha2 = torch.cat([torch.ones(1), alpha2, torch.zeros(1)])
@@ -88,7 +88,7 @@ class DDM(torch.nn.Module):
         return self.net(xt, self.level(t, xt))
 
     def losses(self, x0, w_mse=1.0):
-        """As CDM.losses; but here is no classifier, so the first loss is 0 (Ho et al. 2020)."""
+        """Like CDM.losses, but there is no classifier, so the first loss is 0."""
         t = self.level(torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device), x0)
         eps = torch.randn_like(x0)
         eps_hat = self.predict_noise(self.add_noise(x0, t, eps), t)
@@ -129,9 +129,9 @@ class DDM(torch.nn.Module):
 # ----------------------------------------------------------------- the classifier (section 3)
 class CDM(DDM):
     """A diffusion model whose denoiser comes from a classifier, net(x) -> logits (B, T+2).
-    The network is not told how noisy x is: to find that is its task. Rows must not influence each
+    The network is not told how noisy x is: finding that is its task. Rows must not influence each
     other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
-    ReLU). If your network takes levels as an input, override log_ratio in a subclass."""
+    ReLU). For a network that is asked about one level at a time, override log_ratio."""
     window = None           # how many neighbouring levels `losses` compares; None: all T+2
 
     def log_ratio(self, x, levels):
@@ -145,7 +145,7 @@ class CDM(DDM):
 
     def log_prob(self, x, t=0):
         """Theorem 3.2: log p_t(x) in nats, (B,), in one forward pass. t = 0: the data's density.
-        A network may output anything; whether that integrates to 1, annealed_log_z measures."""
+        A network may output anything; annealed_log_z measures whether it integrates to 1."""
         ratio = self.log_ratio(x, self.level(t, x)[:, None])[:, 0]
         return ratio + log_normal(x.to(ratio))
 
@@ -159,7 +159,7 @@ class CDM(DDM):
             ratio = self.log_ratio(x, levels)                                             # (B, n)
             return ratio[:, 0].sum(), ratio
 
-        # No row's ratio depends on another row, so the gradient of their sum holds that of each.
+        # No row's ratio depends on another row, so the gradient of the sum holds each row's.
         # has_aux: `ratio` is returned too. Training differentiates both results once more.
         gradient, ratio = torch.func.grad(ratio_at_t, has_aux=True)(xt)
         _, sigma = self.scales(levels[:, 0], xt)
@@ -170,10 +170,10 @@ class CDM(DDM):
         weigh and add, w_ce * ce + mse. w_mse: a number, or one for each level (T+2,).
         A window of K neighbouring levels is drawn, then the true level in it, both uniformly: so
         p(t | x, window) is the softmax of its K logits. Cross-entropy teaches nothing about levels
-        that are told apart with certainty. The error does, but a constant in a logit escapes it."""
+        that are never confused. The error does, but it does not see a constant in a logit."""
         K, B, device = self.window or self.T + 2, len(x0), x0.device
-        first = torch.randint(self.T + 3 - K, (B, 1), device=device)         # level of the window
-        place = torch.randint(K, (B, 1), device=device)       # of the true level in the window
+        first = torch.randint(self.T + 3 - K, (B, 1), device=device)   # the window's cleanest level
+        place = torch.randint(K, (B, 1), device=device)           # of the true level in the window
         levels = first + (place + torch.arange(K, device=device)) % K    # (B, K), true one first
         t, eps = self.level(levels[:, 0], x0), torch.randn_like(x0)
         ratio, eps_hat = self.ratio_and_noise(self.add_noise(x0, t, eps), levels)
@@ -193,7 +193,7 @@ def sample(model, x, steps=None, method="ddim"):
     """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
     dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). Noise stands in for level T, so alpha_T
-    must be near 0: in uniform_schedule(50) it is 0.2, and for N(1, 0.2^2) DDIM's mean is 0.96."""
+    must be near 0: uniform_schedule(50) has 0.2, and for data N(1, 0.2^2) DDIM's mean is 0.96."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
@@ -204,8 +204,8 @@ def sample(model, x, steps=None, method="ddim"):
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
         new = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1] if method == "ddpm" else 0
-        if method == "dpm" and s > 0:      # move x0_hat on by half a step; fit eps_hat to it and x
-            h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))    # length of the step
+        if method == "dpm" and s > 0:       # extrapolate x0_hat by half a step; eps_hat follows
+            h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))    # step in log(alpha/sigma)
             ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
             last_x0_hat, last_h = x0_hat, h
             x0_hat, eps_hat = ahead, (x - alpha[t] * ahead) / sigma[t]
@@ -228,7 +228,7 @@ class Given(torch.nn.Module):
 
 
 def given(model, y, guidance=0.0):
-    """The model of p(x | y), with the same weights, for labels y, long (B,), in place of others.
+    """The model of p(x | y), with the same weights, for labels y, long (B,). They replace others.
     Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
     change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
     labelled = copy.copy(model)                           # it shares all but `net` with the model
@@ -237,12 +237,12 @@ def given(model, y, guidance=0.0):
     return labelled
 
 
-# --------------------------------------------------- three audits: is the likelihood believable?
+# --------------------------------------------- three audits: do others agree with log_prob, is Z 1?
 @torch.no_grad()
 def elbo(model, x0):
-    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,), where DDPM with endless steps draws p_1:
+    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for the p_1 of DDPM with endless steps:
     E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
-    (Kingma et al. 2021), x_0 having d numbers. One eps is drawn at each level; the trapezoid rule
+    (Kingma et al. 2021); x_0 has d numbers. One eps is drawn at each level; the trapezoid rule
     needs close levels. Only the denoiser counts: wrong constants in the logits do not show."""
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
@@ -260,10 +260,10 @@ def elbo(model, x0):
 
 @torch.no_grad()
 def ode_log_prob(model, x, t=1, probes=0):
-    """log p_t(x) in nats, (B,), at a level t in 1 .. T-1; p_t is what the ODE sampler draws.
+    """log p_t(x) in nats, (B,), t in 1 .. T-1, for the p_t that the ODE sampler draws.
     The probability-flow ODE (Song et al. 2021) leads from level t to T. In y = x / alpha and
     tau = sigma / alpha it reads dy/dtau = eps_hat, and d log p(y) / dtau is -trace of J, the
-    Jacobian of eps_hat: d backward passes, or `probes` with random signs v, E[v^T J v] = trace."""
+    Jacobian of eps_hat in y. That takes d backward passes, or `probes`: E[v^T J v] is the trace."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
@@ -286,9 +286,9 @@ def ode_log_prob(model, x, t=1, probes=0):
 
 @torch.no_grad()
 def annealed_log_z(model, x1):
-    """A lower and an upper bound on log Z in nats, but for sampling errors. Z is the integral of a
-    CDM's exp(log_prob(x, 1)), which should be 1. More levels narrow the gap.
-    Annealed importance sampling (Neal 2001) assigns to a path x_1 .. x_T of levels 1 to T a weight,
+    """A lower and an upper bound on log Z in nats, up to sampling errors. Z, ideally 1, is the
+    integral of p_1 = exp(log_prob(x, 1)) of a CDM. More levels narrow the gap.
+    Importance sampling (after Neal 2001) assigns to a path x_1 .. x_T of levels 1 to T a weight,
         w = p_1(x_1) q(x_2|x_1) .. q(x_T|x_{T-1}) / [N(x_T; 0, I) r(x_{T-1}|x_T) .. r(x_1|x_2)].
     Paths drawn downward, from noise by r, have E[w] = Z, so E[log w] <= log Z (Jensen). Paths drawn
     upward by q, from x1 (B, ...), have E[1/w] = 1/Z, so E[log w] >= log Z, if x1, data at level 1,
@@ -322,8 +322,8 @@ def annealed_log_z(model, x1):
 def bits_per_dim(log_p1, sigma1, d):
     """Bits/dim, -log2 P(k) / d, of 8-bit images k of d pixels, from log p_1 in nats, (B,), which is
     log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0), for x_0 = (2k+1)/256 - 1.
-    Grey values have no density, but x_1 has, as its noise blurs them. The noise is no part of the
-    image, so its entropy is subtracted: -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. That is
+    Grey values have no density; blurred by the noise of x_1 they do. The noise is no part of the
+    image: its entropy is subtracted, -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. That is
     right up to 3e-4 bits a pixel if sigma_1 is at most an eighth of a grey step."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
