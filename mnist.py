@@ -165,7 +165,7 @@ class PixelMixture(nn.Module):
         of_greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
         mean, variance = self.mean + mean, torch.exp(spread - 1.5) + STEP ** 2       # of clean x
         of_gaussians = log_gaussian(x, alpha * mean, alpha ** 2 * variance + sigma ** 2)
-        of_gaussians = of_gaussians + log_lattice(x, alpha, sigma)         # 0 but for little noise
+        of_gaussians = of_gaussians + log_lattice(x, sigma)               # 0 but for little noise
         log_p = torch.cat([of_greys, of_gaussians], 1)
         return torch.logsumexp(log_weight + log_p, 1).sum(1) - log_normal(x)
 
@@ -246,19 +246,18 @@ class DigitDDM(DDM):
         return sigma[..., None, None] * (xt - gradient)
 
 
-def log_lattice(x, alpha, sigma):
+def log_lattice(x, sigma):
     """A correction of log p for the Gaussians of PixelMixture, (B, 1, d). It may be skipped.
 
     Clean pixels take only the values c_k = STEP (k + 1/2), but a Gaussian spreads between them too.
-    With little noise the factor, sum over k of alpha STEP N(x; alpha c_k, sigma^2), puts it back
-    near these values; two neighbours on each side are enough. Where noise hides the steps, it is 1.
-    It has no weights. Without it, 0.125 bits/dim are lost."""
-    hidden = sigma > 0.6 * alpha * STEP
-    alpha, sigma = torch.where(hidden, 1.0, alpha), torch.where(hidden, STEP, sigma)
+    With little noise (where alpha is 1) the factor, sum over k of STEP N(x; c_k, sigma^2), puts it
+    back near these values; two neighbours on each side are enough. Where noise hides the steps, the
+    factor is 1. It has no weights. Without it, 0.125 bits/dim are lost."""
+    hidden = sigma > 0.6 * STEP
+    sigma = torch.where(hidden, STEP, sigma)
     neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)            # (5, 1)
-    x = alpha * torch.remainder(x / alpha, STEP)                    # the same for all c_k: use c_0
-    near = log_gaussian(x, alpha * neighbours, sigma ** 2).logsumexp(1, keepdim=True)
-    return torch.where(hidden, 0.0, near + torch.log(alpha * STEP))
+    near = log_gaussian(torch.remainder(x, STEP), neighbours, sigma ** 2)            # (B, 5, d)
+    return torch.where(hidden, 0.0, near.logsumexp(1, keepdim=True) + math.log(STEP))
 
 
 def build(config, images=None):

@@ -406,8 +406,8 @@ def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a
         seen = Normal(alpha[t] * grey, sigma[t].clamp(min=3e-4))
         seen = seen.log_prob(x[..., None].double()).exp()                      # (3, 1, 8, 8, 2256)
         if t < 64:                                 # where all greys that count are among these
-            factor = mnist.log_lattice(x.flatten(2), *(v.float()[t].view(1, 1, 1) for v in (
-                alpha, sigma.clamp(min=3e-4)))).view_as(x).exp()
+            noise = sigma.clamp(min=3e-4).float()[t].view(1, 1, 1)
+            factor = mnist.log_lattice(x.flatten(2), noise).view_as(x).exp()
             assert_close(factor.double(), seen.sum(-1) * alpha[t] * mnist.STEP, atol=0.005, rtol=0)
         p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(mnist.PixelMixture.GREYS))
         for i, mean in enumerate((-0.6, 0.0, 0.6)):
