@@ -203,6 +203,14 @@ def test_annealing_brackets_a_planted_constant_and_does_not_see_others(schedule)
     assert below < 0.8 < above < below + width and abs((below + above) / 2 - 0.8) < width / 6
 
 
+def test_annealing_is_exact_if_all_data_are_one_point_as_ddpm_steps_are_then():
+    alpha, sigma = schedule = log_snr_schedule(60, 6, -16)
+    planted = torch.where(torch.arange(62) == 1, 0.8, 0.0)
+    logits = lambda x: Normal(2 * alpha, sigma.clamp(min=1e-9)).log_prob(x) + planted
+    x1 = 2 * alpha[1] + sigma[1] * torch.randn(50, 1).double()
+    assert_close(annealed_log_z(CDM(logits, schedule), x1), (0.8, 0.8), atol=0.002, rtol=0)
+
+
 def test_the_bits_of_a_known_distribution_are_its_entropy():
     schedule, p = log_snr_schedule(50, 14, -8), torch.tensor([0.5, 0.25, 0.25])        # 1.5 bits
     place = (2 * torch.tensor([0, 10, 11]).double() + 1) / 256 - 1                 # of grey values
