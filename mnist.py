@@ -86,7 +86,7 @@ class Block(nn.Module):
     and, in a DDM, the level. GroupNorm keeps rows apart; SiLU is smooth, as a CDM needs.
 
     If the number of places H W is given, learned matrices (H W, H W) mix all places first, one for
-    each quarter of the channels: this is attention with fixed weights, and cheaper."""
+    each quarter of the channels: attention whose weights do not depend on x, and cheaper."""
 
     def __init__(self, channels, places=None):
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
     def forward(self, x, cond):
         if self.places:
             quarters = F.silu(self.norm0(x)).flatten(2).unflatten(1, (4, -1))   # (B, 4, C/4, H W)
-            x = x + (quarters @ self.matrices).view_as(x)                     # (4, H W, H W)
+            x = x + (quarters @ self.matrices).view_as(x)                     # (B, C, H, W)
         h = self.conv1(F.silu(self.norm1(x))) + self.cond(cond)[:, :, None, None]
         return x + self.conv2(F.silu(self.norm2(h)))
 
@@ -131,15 +131,14 @@ class Trunk(nn.Module):
 
 
 class PixelMixture(nn.Module):
-    """Features (B, width, H/2, W/2) -> log p_t(x) / N(x; 0, I) in nats, (B,), of pixels x (B, d).
+    """Features (B, width, H/2, W/2) -> log [p_t(x) / N(x; 0, I)] in nats, (B,), of pixels x (B, d).
 
     For each pixel the features give a mixture over clean grey values: five values that MNIST is
-    full of, and three Gaussians. Noise turns a mixture into another one, a grey value c into
-    N(alpha c, sigma^2), N(m, v) into N(alpha m, alpha^2 v + sigma^2), so its log-density is a
-    formula. But its weights depend on x itself, so nothing forces the result to integrate to 1:
-    that is what log Z measures. Untrained, its weights are the histogram of each pixel, which makes
-    1.77 bits/dim; all from there to 1.12 was learned. log_lattice, at the end of this section, is a
-    refinement that may be skipped."""
+    full of, and three Gaussians. Noise turns a grey value c into N(alpha c, sigma^2), and N(m, v)
+    into N(alpha m, alpha^2 v + sigma^2), so the noisy log-density is a formula. But the mixture
+    depends on x itself, so nothing forces the result to integrate to 1: log Z measures that.
+    Untrained, the mixture is the histogram of each pixel, which makes 1.77 bits/dim; all from there
+    to 1.12 was learned. log_lattice, at the end of this section, is a refinement to be skipped."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -237,7 +236,7 @@ class DigitCDM(CDM):
 
 
 class DigitDDM(DDM):
-    """A DDM of the same network: theorem 3.1 for a mixture whose features are held fixed."""
+    """A DDM of the same network: theorem 3.1 as if its features did not depend on x."""
 
     def predict_noise(self, xt, t):
         levels = self.level(t, xt)[:, None]
@@ -249,10 +248,10 @@ class DigitDDM(DDM):
 def log_lattice(x, sigma):
     """A correction of log p for the Gaussians of PixelMixture, (B, 1, d). It may be skipped.
 
-    Clean pixels take only the values c_k = STEP (k + 1/2), but a Gaussian spreads between them too.
-    With little noise (where alpha is 1) the factor, sum over k of STEP N(x; c_k, sigma^2), puts it
-    back near these values; two neighbours on each side are enough. Where noise hides the steps, the
-    factor is 1. It has no weights. Without it, 0.125 bits/dim are lost."""
+    Clean pixels take only the values c_j = STEP (j + 1/2), but a Gaussian spreads between them too.
+    With little noise (where alpha is 1) the factor, sum over j of STEP N(x; c_j, sigma^2), gathers
+    its mass at these values; two neighbours on each side are enough. Where noise hides the steps,
+    the factor is 1. Nothing in it is learned. Without it, 0.125 bits/dim are lost."""
     hidden = sigma > 0.6 * STEP
     sigma = torch.where(hidden, STEP, sigma)
     neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)            # (5, 1)
@@ -307,7 +306,7 @@ def load(path, device="cpu", dataset=None):
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
     """Train and return a model. Writes out/model.pt, log.csv, and at the end the small weights.pt.
-    SystemExit, before anything is changed, if model.pt does not fit to `resume` or to config."""
+    SystemExit if model.pt does not fit to `resume` or to config, or if the training diverges."""
     path, steps, first, log = out / "model.pt", config["steps"], 0, ["step,ce,mse,ms_per_step\n"]
     if resume and not path.exists():
         sys.exit(f"there is no {path} to --resume")
@@ -364,8 +363,8 @@ def batches(function, x):
 
 
 def likelihood(model, images, bound, preset):
-    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO (bound, of
-    the first images) and its ODE differ from that, and log Z, which has to be added."""
+    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO (bound, in
+    bits/dim, of the first images) and its ODE differ from that, and log Z, which is to be added."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
@@ -403,7 +402,7 @@ def make_judge(images, labels, steps=600):
 
 
 def frechet(a, b):
-    """Distance of two Gaussians fitted to features (N, 64) (Heusel et al. 2017)."""
+    """Squared distance of two Gaussians fitted to features (N, 64) (Heusel et al. 2017)."""
     cross = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
             - 2 * cross).item()
