@@ -1,13 +1,13 @@
 """Classification Diffusion Models (CDM): the whole method in one file.
 
-Read it beside the paper (Yadin, Elata, Michaeli, NeurIPS 2024, arXiv 2402.10095). A network sees a
-sample with an unknown amount of noise and classifies how noisy it is. That is all it outputs, and
-yet its logits l_t(x) contain a diffusion model and a likelihood, exact for the ideal classifier.
+Read it beside the paper (Yadin, Elata, Michaeli, NeurIPS 2024, arXiv 2402.10095). That takes about
+25 minutes, and as long again for the audits at the end. A network classifies how noisy a sample is.
+Its logits l_t(x) contain a diffusion model and a likelihood, exact for the ideal classifier.
 
     t               the level, an int or long (B,): 0 is clean data, 1 .. T noisier, T+1 pure noise
     alpha, sigma    scale of the signal and of the noise at each level, (T+2,)
     log-SNR         log(alpha_t^2 / sigma_t^2), the log of the signal-to-noise ratio
-    x0, xt          a clean sample and its noisy version: (B, ...), a batch of B rows
+    x0, xt          clean samples and their noisy versions: (B, ...), B samples, called rows
     eps, eps_hat    the noise that was added, and its estimate E[eps | x_t]; x0_hat likewise
     p_t             the density of x_t; p_0, at level 0, is that of the data
 
@@ -33,7 +33,7 @@ Schedule = namedtuple("Schedule", "alpha sigma")       # float64 (T+2,), from 1 
 
 def ddpm_schedule(T=1000):
     """alpha_t^2 is a product of factors 1 - beta; beta grows from 1e-4 to 0.02 (Ho et al. 2020).
-    That is for T = 1000. With fewer, each level is 1000/T such steps: alpha_T^2 stays 4e-5."""
+    For other T than 1000, a level is 1000/T such steps: alpha_T^2 stays 4e-5."""
     beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
     alpha2 = torch.exp(1000 / T * torch.log1p(-beta).cumsum(0))                   # levels 1 .. T
     alpha2 = torch.cat([torch.ones(1), alpha2, torch.zeros(1)])
@@ -131,11 +131,11 @@ class CDM(DDM):
     """A diffusion model whose denoiser comes from a classifier, net(x) -> logits (B, T+2).
     The network is not told how noisy x is: finding that is its task. Rows must not influence each
     other (no BatchNorm). Training differentiates a gradient: activations must be smooth (SiLU, not
-    ReLU). For a network that is asked about one level at a time, override log_ratio."""
+    ReLU). For a network that takes the levels as an input, override log_ratio."""
     window = None           # how many neighbouring levels `losses` compares; None: all T+2
 
     def log_ratio(self, x, levels):
-        """log [p_t(x) / p_{T+1}(x)] in nats, (B, n), at the levels t (B, n) that are asked for.
+        """log [p_t(x) / p_{T+1}(x)] in nats, (B, n), at the given levels, long (B, n).
         All levels are equally likely, so by Bayes' rule softmax(logits)_t is p_t(x) times a factor
         that is the same for all t. It cancels in a difference of two logits."""
         logits = self.net(x)
@@ -192,8 +192,8 @@ def noising_step(schedule, s, t):
 def sample(model, x, steps=None, method="ddim"):
     """Turn noise x ~ N(0, I), (B, ...), into samples by `steps` calls of predict_noise (None: T).
     ddim is deterministic (Song et al. 2021); ddpm draws part of the noise anew (Ho et al. 2020);
-    dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). Noise stands in for level T, so alpha_T
-    must be near 0: uniform_schedule(50) has 0.2, and for data N(1, 0.2^2) DDIM's mean is 0.96."""
+    dpm is DPM-Solver++ 2M, for few steps (Lu et al. 2022). N(0, I) replaces x_T, so alpha_T must be
+    near 0: with 0.2, as uniform_schedule(50) has it, DDIM's mean of data N(1, 0.2^2) is 0.96."""
     steps = model.T if steps is None else steps
     if method not in ("ddim", "ddpm", "dpm") or steps not in range(1, model.T + 1):
         raise ValueError(f"ddim, ddpm or dpm in 1 .. {model.T} steps; got {method!r}, {steps!r}")
@@ -204,7 +204,7 @@ def sample(model, x, steps=None, method="ddim"):
         eps_hat = model.predict_noise(x, t)
         x0_hat = (x - sigma[t] * eps_hat) / alpha[t]
         new = sigma[s] / sigma[t] * noising_step(model.schedule, s, t)[1] if method == "ddpm" else 0
-        if method == "dpm" and s > 0:       # extrapolate x0_hat by half a step; eps_hat follows
+        if method == "dpm" and s > 0:       # x0_hat half a step ahead; h is infinite at s = 0
             h = math.log(alpha[s] * sigma[t] / (alpha[t] * sigma[s]))    # step in log(alpha/sigma)
             ahead = x0_hat + h / (2 * last_h) * (x0_hat - last_x0_hat)
             last_x0_hat, last_h = x0_hat, h
@@ -228,9 +228,9 @@ class Given(torch.nn.Module):
 
 
 def given(model, y, guidance=0.0):
-    """The model of p(x | y), with the same weights, for labels y, long (B,). They replace others.
-    Its network must take net(.., y=y), and net(..) for no label. Guidance w exaggerates what labels
-    change, out(y) + w (out(y) - out()): more typical samples, no density (Ho, Salimans 2022)."""
+    """The model of p(x | y), with the same weights, for labels y, long (B,). They replace old
+    ones. Its network takes net(.., y=y), and net(..) for no label. Guidance w exaggerates what y
+    changes, out(y) + w (out(y) - out()): typical samples, no density (Ho, Salimans 2022)."""
     labelled = copy.copy(model)                           # it shares all but `net` with the model
     labelled._modules = dict(model._modules)
     labelled.net = Given(model.net, y, guidance)
@@ -240,14 +240,14 @@ def given(model, y, guidance=0.0):
 # --------------------------------------------- three audits: do others agree with log_prob, is Z 1?
 @torch.no_grad()
 def elbo(model, x0):
-    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for the p_1 of DDPM with endless steps:
+    """Lower bound on E[log p_1(x_1) | x_0] in nats, (B,), for DDPM's p_1 as T goes to infinity:
     E[log N(x_T; 0, I)] + d log(sigma_T / sigma_1) - 1/2 integral of ||eps - eps_hat||^2 d(log-SNR)
     (Kingma et al. 2021); x_0 has d numbers. One eps is drawn at each level; the trapezoid rule
     needs close levels. Only the denoiser counts: wrong constants in the logits do not show."""
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
     if (log_snr.diff() < -1 - 1e-9).any():
-        raise ValueError("levels are more than 1 apart in log-SNR: the ELBO needs more of them")
+        raise ValueError("levels more than 1 apart in log-SNR: log_snr_schedule with more will do")
     errors = []
     for t in range(1, T + 1):
         eps = torch.randn_like(x0)
@@ -263,7 +263,7 @@ def ode_log_prob(model, x, t=1, probes=0):
     """log p_t(x) in nats, (B,), t in 1 .. T-1, for the p_t that the ODE sampler draws.
     The probability-flow ODE (Song et al. 2021) leads from level t to T. In y = x / alpha and
     tau = sigma / alpha it reads dy/dtau = eps_hat, and d log p(y) / dtau is -trace of J, the
-    Jacobian of eps_hat in y. That takes d backward passes, or `probes`: E[v^T J v] is the trace."""
+    Jacobian of eps_hat in y. probes = 0: exact, by d backward passes; else a mean of v^T J v."""
     if t not in range(1, model.T):
         raise ValueError(f"t must be an int in 1 .. {model.T - 1}, got {t!r}")
     alpha, sigma = (v.tolist() for v in model.schedule)
@@ -323,8 +323,8 @@ def bits_per_dim(log_p1, sigma1, d):
     """Bits/dim, -log2 P(k) / d, of 8-bit images k of d pixels, from log p_1 in nats, (B,), which is
     log_prob(x_1, 1) minus log Z, ode_log_prob(x_1, 1) or elbo(x_0), for x_0 = (2k+1)/256 - 1.
     Grey values have no density; blurred by the noise of x_1 they do. The noise is no part of the
-    image: its entropy is subtracted, -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. That is
-    right up to 3e-4 bits a pixel if sigma_1 is at most an eighth of a grey step."""
+    image: its entropy is subtracted, -log2 P(k) <= E[log2 q(x_1|k) - log2 p_1(x_1)]. The error
+    is at most 3e-4 bits a pixel if sigma_1 is at most an eighth of a grey step."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     return -math.log2(sigma1 * math.sqrt(2 * math.pi * math.e)) - log_p1 / (d * math.log(2))

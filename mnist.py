@@ -138,7 +138,7 @@ class PixelMixture(nn.Module):
     into N(alpha m, alpha^2 v + sigma^2), so the noisy log-density is a formula. But the mixture
     depends on x itself, so nothing forces the result to integrate to 1: log Z measures that.
     Untrained, the mixture is the histogram of each pixel, which makes 1.77 bits/dim; all from there
-    to 1.12 was learned. log_lattice, at the end of this section, is a refinement to be skipped."""
+    to 1.12 was learned. log_lattice, at the end of this section, may be skipped."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -204,7 +204,7 @@ class DigitClassifier(nn.Module):
         self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
         self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
         self.last = nn.Conv2d(width, width, 3, padding=1)
-        self.constant = nn.Linear(32, 1, bias=False)               # that is learned for each level
+        self.constant = nn.Linear(32, 1, bias=False)               # a learned number for each level
         nn.init.zeros_(self.label.weight)
         nn.init.zeros_(self.constant.weight)
         self.told = told
@@ -223,7 +223,7 @@ class DigitClassifier(nn.Module):
         sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
         ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
         pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
-        constant = self.constant(wave - pure_noise)[..., 0]                # is 0 at levels T, T+1
+        constant = self.constant(wave - pure_noise)[..., 0]    # at T+1 it is 0, and ratio is 0, too
         return ratio + 10 * constant                                       # 10: learns faster
 
 
@@ -325,7 +325,7 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
     error = best_linear_mse(images, model.schedule)
     w_mse = (error.mean() / error).float().to(device)       # an error counts relative to this one
     y = torch.zeros(config["batch"], dtype=torch.long, device=device)
-    losses = given(model, y).losses              # it keeps y, whose values each step will replace
+    losses = given(model, y).losses              # it holds y, whose values each step overwrites
     losses = torch.compile(losses) if compiled else losses
     images, labels, begun = images.to(device), labels.to(device), time.time()
     for step in range(first + 1, steps + 1):
@@ -362,26 +362,42 @@ def batches(function, x):
     return torch.cat([function(part) for part in x.split(100)]).cpu().double()
 
 
-def likelihood(model, images, bound, preset):
-    """Print the bits/dim of 8-bit images by one forward pass of a CDM, how much its ELBO (bound, in
-    bits/dim, of the first images) and its ODE differ from that, and log Z, which is to be added."""
+def mean_and_error(values):
+    """The mean of values (N,) and its standard error."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def likelihood(model, images, preset):
+    """Print the bits/dim of 8-bit images: a CDM's by one forward pass, a DDM's by its ELBO; then by
+    how much other estimates differ on the same images; for a CDM also log Z, which is
+    to be added. Returns the ELBO, in bits/dim, of the first preset["elbo"] images."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
-    one_pass = bits_per_dim(batches(lambda x: model.log_prob(x, 1), x1), sigma1, d)
-    flow = bits_per_dim(batches(lambda x: ode_log_prob(model, x, probes=1), few), sigma1, d)
-    for name, values in (("bits/dim by one forward pass", one_pass),
-                         ("ELBO minus one pass", bound - one_pass[:len(bound)]),
-                         ("probability-flow ODE minus one pass", flow - one_pass[:len(flow)])):
-        mean, error = values.mean().item(), values.std().item() / len(values) ** 0.5
-        print(f"  {f'{name}, {len(values)} images':52s} {mean:6.3f} +- {error:.3f}", flush=True)
-    finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
-    below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
-    middle, margin = (below + above) / 2, abs(above - below) / 2
-    print(f"  {f'log Z, between {below:.3f} and {above:.3f}':52s} {middle:6.3f} +- {margin:.3f}")
-    total = one_pass.mean().item() + middle
-    error = math.hypot(one_pass.std().item() / len(one_pass) ** 0.5, margin)
-    print(f"To be quoted is one pass + log Z: {total:.3f} +- {error:.3f} bits/dim.", flush=True)
+    ways = [("ELBO", lambda x: elbo(model, x), x0[:preset["elbo"]]),
+            ("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)]
+    if isinstance(model, CDM):
+        ways.insert(0, ("one pass", lambda x: model.log_prob(x, 1), x1))
+    bits = {}
+    for name, function, x in ways:
+        begun = time.time()
+        bits[name] = bits_per_dim(batches(function, x), sigma1, d)
+        ms = 1000 * (time.time() - begun) / len(x)
+        first, title, values = ways[0][0], f"bits/dim by {name}", bits[name]
+        if name != first:
+            title, values = f"{name} minus {first}", values - bits[first][:len(x)]
+        title, (mean, error) = f"{title}, {len(x)} images", mean_and_error(values)
+        print(f"  {title:49s} {mean:6.3f} +- {error:.3f} {ms:8.0f} ms each", flush=True)
+    if isinstance(model, CDM):
+        finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
+        below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
+        middle, margin = (below + above) / 2, abs(above - below) / 2
+        title = f"log Z, between {below:.3f} and {above:.3f}"
+        print(f"  {title:49s} {middle:6.3f} +- {margin:.3f}")
+        mean, error = mean_and_error(bits[first])
+        print(f"To be quoted is one pass + log Z: {mean + middle:.3f} +- "
+              f"{math.hypot(error, margin):.3f} bits/dim.", flush=True)
+    return bits["ELBO"]
 
 
 def make_judge(images, labels, steps=600):
@@ -510,12 +526,10 @@ def measure(models, train_set, test_set, preset, seed, out):
     few, bounds = images[:preset["elbo"]], {}
     show_samples(models, *test_set, seed, out / "samples.png")
     for name, model in models.items():
+        print(f"\n{name}")
         torch.manual_seed(seed)                                   # the same noise for all models
-        bound = batches(lambda x: elbo(model, x), to_x0(few))
-        bounds[name] = bits_per_dim(bound, model.schedule.sigma[1].item(), few[0].numel())
+        bounds[name] = likelihood(model, images, preset)
         if isinstance(model, CDM):
-            print(f"\n{name}")
-            likelihood(model, images, bounds[name], preset)
             show_levels(model, images[:1], out / "levels.png")
     torch.manual_seed(seed)
     show_errors(models, bounds, few, train_set[0], out / "errors.png")

@@ -528,13 +528,14 @@ def test_a_cdm_and_a_ddm_train_resume_and_are_measured_together(monkeypatch, cap
     assert_close(a["model"], b["model"], rtol=0, atol=0)
     assert re.findall(r"^\w+", (out / "log.csv").read_text(), re.M) == ["step", "100", "120"]
     ce, one, log_z, both = (float(re.search(pattern, said)[1]) for pattern in (
-        r"step    120 of 120   cross-entropy ([\d.]+)", r"one forward pass, 100 images +([\d.-]+)",
+        r"step    120 of 120   cross-entropy ([\d.]+)", r"by one pass, 100 images +([\d.-]+)",
         r"log Z, between .* +([\d.-]+) \+-", r"one pass \+ log Z: ([\d.-]+)"))
     assert ce < math.log(2) and abs(one + log_z - both) < 0.002 and one < 5
     pair = run_digits(tmp_path / "c", "--weights", out / "model.pt", tmp_path / "a ddm/weights.pt")
-    assert re.search(".*forward pass,.*\n.*\n.*", said)[0] in pair          # the same numbers
+    for line in ("by one pass", "ELBO minus", "ODE minus", "log Z, between"):   # the same numbers
+        assert re.search(f"{line}.*[+]- [0-9.]+", said)[0] in pair
     assert all(f"| {row}" in pair for row in ("real ", f"{out}/model.pt, label first", tmp_path))
-    assert pair.count("forward pass") == 1 and len(list((tmp_path / "c").glob("*.png"))) == 3
+    assert "bits/dim by ELBO, 20 images" in pair and len(list((tmp_path / "c").glob("*.png"))) == 3
 
 
 def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
