@@ -196,9 +196,10 @@ class DigitClassifier(nn.Module):
     not told which of them is the true one, so it is a classifier all the same. It knows levels by
     their noise, not by their number, and so serves any number of them.
 
-    In a DDM the network is the same, but is `told` the level of x from the start."""
+    In a DDM the network is the same, but its trunk is told the level, and looks at `seen`, which is
+    x again: so the gradient in x does not go through the trunk."""
 
-    def __init__(self, images, width, told=False):
+    def __init__(self, images, width):
         super().__init__()
         self.trunk, self.mixture = Trunk(images.shape[-1], width), PixelMixture(images, width)
         self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
@@ -207,15 +208,14 @@ class DigitClassifier(nn.Module):
         self.constant = nn.Linear(32, 1, bias=False)               # a learned number for each level
         nn.init.zeros_(self.label.weight)
         nn.init.zeros_(self.constant.weight)
-        self.told = told
 
-    def forward(self, x, alpha, sigma, y=None):
+    def forward(self, x, alpha, sigma, seen=None, y=None):
         n, wave = alpha.shape[1], waves(alpha, sigma)                                 # (B, n, 32)
         cond = self.label.weight[-1:] if y is None else self.label(y)    # the last: unknown class
-        if self.told:                # in a DDM; detach keeps the trunk out of the gradient in x
-            features = self.trunk(x.detach(), cond + wave[:, 0])
-        else:
+        if seen is None:
             features = self.trunk(x, cond)
+        else:
+            features = self.trunk(seen, cond + wave[:, 0])
         # From here on there are B n rows, one for each level that is asked about.
         features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
         h = self.norm1(features + self.level(wave).flatten(0, 1)[:, :, None, None])
@@ -241,7 +241,7 @@ class DigitDDM(DDM):
     def predict_noise(self, xt, t):
         levels = self.level(t, xt)[:, None]
         alpha, sigma = self.alpha[levels], self.sigma[levels]                             # (B, 1)
-        gradient = torch.func.grad(lambda x: self.net(x, alpha, sigma).sum())(xt)
+        gradient = torch.func.grad(lambda x: self.net(x, alpha, sigma, xt).sum())(xt)
         return sigma[..., None, None] * (xt - gradient)
 
 
@@ -265,7 +265,7 @@ def build(config, images=None):
     if images is None:
         images = torch.zeros(1, 1, SIZE[config["dataset"]], SIZE[config["dataset"]])
     family = {"cdm": DigitCDM, "ddm": DigitDDM}[config["model"]]
-    net = DigitClassifier(images, config["width"], told=family is DigitDDM)
+    net = DigitClassifier(images, config["width"])
     return family(net, log_snr_schedule(64, CLEANEST, NOISIEST))
 
 

@@ -432,6 +432,10 @@ def test_the_digit_denoiser_starts_as_the_classifier_but_is_told_its_level(monke
     ddm.losses(x)[1].backward()
     assert [n for n, p in ddm.named_parameters() if p.grad is None] == ["net.constant.weight"]
     eps_hat, level = told.predict_noise(x.double(), t), mnist.waves(told.alpha[t], told.sigma[t])
+    u, v = torch.randn(2, *x.shape).double()
+    (slope,) = torch.func.vjp(lambda x: told.predict_noise(x, t), x.double())[1](v)   # for the ODE
+    change = told.predict_noise(x + 1e-6 * u, t) - told.predict_noise(x - 1e-6 * u, t)
+    assert_close((slope * u).sum((1, 2, 3)), (change * v).sum((1, 2, 3)) / 2e-6, rtol=1e-4, atol=0)
     features = told.net.trunk(x.double(), told.net.label(0 * t + 10) + level)
     monkeypatch.setattr(mnist.Trunk, "forward", lambda *_: features)          # held fixed
     assert_close(told.predict_noise(x.double(), t), eps_hat)
