@@ -2,7 +2,7 @@
 
     python mnist.py --quick                        a short training, four minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   measure the two trained networks, nine minutes
+                                                   measure the two trained networks, ten minutes
     python mnist.py --device cuda                  the full training, on a GPU
     python mnist.py --dataset digits --quick       8x8 digits of scikit-learn, without a download
 
@@ -443,7 +443,7 @@ def quality(models, train_set, test_set, n):
             begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
             x0 = batches(lambda x: sample(one, x, method="ddpm"), noise).to(noise)
             drawn[name + how] = x0, 1000 * (time.time() - begun) / n
-    print(f"\n| {n:7d} samples, DDPM              | Frechet distance | 90 % sure | ms each |\n"
+    print(f"\n| {n:6d} samples, DDPM              | Frechet distance | 90 % sure | ms each |\n"
           "| --------------------------------- | ---------------- | --------- | ------- |")
     for name, (x0, ms) in drawn.items():
         distance = frechet(batches(body, x0), target)
