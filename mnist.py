@@ -369,8 +369,8 @@ def mean_and_error(values):
 
 def likelihood(model, images, preset):
     """Print the bits/dim of 8-bit images: a CDM's by one forward pass, a DDM's by its ELBO; then by
-    how much other estimates differ on the same images; for a CDM also log Z, which is
-    to be added. Returns the ELBO, in bits/dim, of the first preset["elbo"] images."""
+    how much other estimates differ on the same images; for a CDM also log Z, which is to be added.
+    Returns the ELBO, in bits/dim, of the first preset["elbo"] images."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
