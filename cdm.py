@@ -247,7 +247,7 @@ def elbo(model, x0):
     (alpha, sigma), T, d = model.schedule, model.T, x0[0].numel()
     log_snr = 2 * torch.log(alpha / sigma)[1:-1]
     if (log_snr.diff() < -1 - 1e-9).any():
-        raise ValueError("levels more than 1 apart in log-SNR: log_snr_schedule with more will do")
+        raise ValueError("the ELBO needs levels at most 1 apart in log-SNR: try log_snr_schedule")
     errors = []
     for t in range(1, T + 1):
         eps = torch.randn_like(x0)

@@ -2,7 +2,7 @@
 
     python mnist.py --quick                        a short training, four minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   measure the two trained networks, ten minutes
+                                                   measure two trained networks, 10 to 20 minutes
     python mnist.py --device cuda                  the full training, on a GPU
     python mnist.py --dataset digits --quick       8x8 digits of scikit-learn, without a download
 
@@ -378,12 +378,12 @@ def likelihood(model, images, preset):
             ("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)]
     if isinstance(model, CDM):
         ways.insert(0, ("one pass", lambda x: model.log_prob(x, 1), x1))
-    bits = {}
+    first, bits = ways[0][0], {}
     for name, function, x in ways:
         begun = time.time()
         bits[name] = bits_per_dim(batches(function, x), sigma1, d)
         ms = 1000 * (time.time() - begun) / len(x)
-        first, title, values = ways[0][0], f"bits/dim by {name}", bits[name]
+        title, values = f"bits/dim by {name}", bits[name]
         if name != first:
             title, values = f"{name} minus {first}", values - bits[first][:len(x)]
         title, (mean, error) = f"{title}, {len(x)} images", mean_and_error(values)
