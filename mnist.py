@@ -1,13 +1,14 @@
-"""CDM on MNIST: train a noise-level classifier, draw digits, read likelihoods off its logits.
+"""CDM on MNIST: train a noise-level classifier, sample digits, read likelihoods off its logits.
 
-    python mnist.py --quick                        a short training, four minutes on two CPU cores
+    python mnist.py --quick                        a short training run: 3 minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   measure two trained networks, 10 to 20 minutes
-    python mnist.py --device cuda                  the full training, on a GPU
-    python mnist.py --dataset digits --quick       8x8 digits of scikit-learn, without a download
+                                                   evaluate the trained networks: 10 minutes
+    python mnist.py --device cuda                  the full training run, on a GPU
+    python mnist.py --dataset digits --quick       scikit-learn's 8x8 digits, no download
 
-Read cdm.py first: the method is there. Here are a network for digits, a training loop, and how the
-results are measured. They go to runs/: weights.pt, log.csv, pictures, and model.pt for --resume.
+Read cdm.py first; it has the method. This file adds a network for digits, a training loop, and the
+evaluation, which uses the audits in its section 5. Results go to a folder in runs/: weights.pt,
+log.csv, figures, and model.pt for --resume.
 """
 
 import argparse
@@ -25,16 +26,20 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, given, log_normal,
-                 log_snr_schedule, ode_log_prob, sample)
+from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, log_normal, log_snr_schedule,
+                 ode_log_prob, sample)
 
-# width: channels of the network; batch: images a step; lr: the peak learning rate. Then the number
-# of images whose likelihood is measured by one_pass, by the elbo, and by what is slow (ODE, log Z);
-# the number of levels for log Z (fine); that of samples for the Frechet distance (0: none).
+try:
+    import fcntl
+except ImportError:                    # on Windows, two runs in one folder are not kept apart
+    fcntl = None
+
+# width: network channels; batch: images per step; lr: peak learning rate. one_pass, elbo, slow:
+# images for each likelihood (slow: the ODE and log Z); fine: levels for log Z; samples per model.
 FULL = dict(width=64, batch=256, steps=20000, lr=0.002,
             one_pass=10000, elbo=500, slow=40, fine=2048, samples=1000)
-QUICK = dict(width=32, batch=64, steps=500, lr=0.004,
-             one_pass=500, elbo=200, slow=40, fine=512, samples=0)
+QUICK = dict(width=32, batch=64, steps=500, lr=0.003,
+             one_pass=500, elbo=200, slow=40, fine=512, samples=100)
 
 # ------------------------------------------------------------------------------------------- data
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -43,16 +48,20 @@ FILES = {"train-images-idx3-ubyte.gz": "440fcabf73cc546f",           # how the f
          "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79",
          "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6d"}
 CLASSES, SIZE = 10, {"mnist": 28, "digits": 8}
+STEP = 2 / 256                                  # distance between neighbouring grey values
 
 
 def read_or_download(folder, name, sha256):
-    """The images uint8 (N, 1, 28, 28) or the labels (N,) in folder/name, which is downloaded first
-    if it is not there. The file is gzipped IDX: a header of 16 or 8 bytes, and then the numbers."""
+    """Images, uint8 (N, 1, 28, 28), or labels (N,), from folder/name, downloaded first if missing.
+    The file is gzipped IDX: a header of 16 bytes (images) or 8 (labels), then the raw values."""
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL + name, folder / name, sha256, progress=False)
-    data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
-    return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
+    try:
+        data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
+        return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
+    except (EOFError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}")
 
 
 def load_data(dataset, folder):
@@ -63,30 +72,38 @@ def load_data(dataset, folder):
         parts = [1350, 150, 297]
         return list(zip(images.split(parts), torch.tensor(digits.target[order]).split(parts)))
     try:
-        x, y, test_x, test_y = (read_or_download(Path(folder), *file) for file in FILES.items())
+        data = [read_or_download(Path(folder), *file) for file in FILES.items()]
+        for name, x, y in (("train-labels", *data[:2]), ("t10k-labels", *data[2:])):
+            if len(x) != len(y) or y.max() >= CLASSES:
+                raise ValueError(f"{name} are {len(y)} numbers up to {y.max()} for {len(x)} images")
     except Exception as error:
         sys.exit(f"MNIST cannot be read: {error}\nDelete a damaged file, put {list(FILES)} "
                  f"into {folder}, name another folder by --data, or use --dataset digits.")
-    return (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), (test_x, test_y)
+    x, y, *test_set = data
+    return (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), test_set
 
 
 def to_x0(images):
-    """Grey values k = 0 .. 255 as floats: [-1, 1] is cut into 256 parts, and k is the middle of
-    part k, (2k+1)/256 - 1."""
+    """Grey values k = 0 .. 255 as floats: the centre of the k-th of 256 equal bins of [-1, 1], that
+    is (2k+1)/256 - 1."""
     return (2 * images.float() + 1) / 256 - 1
 
 
 # ---------------------------------------------------------------------------------------- network
+#     x -> Trunk, in a CDM never told a level         what is behind the noise?
+#       -> PixelMixture: 14 numbers per pixel         a distribution of its clean grey value,
+#                                                     computed once per image
+#       -> log-ratio at any level t                   in closed form, because Gaussian noise turns
+#                                                     one mixture of Gaussians into another
 CLEANEST, NOISIEST = 14.0, -8.0                 # log-SNR at level 1 and at level T
-STEP = 2 / 256                                  # distance of two grey values
 
 
 class Block(nn.Module):
-    """Two convolutions and a skip connection, (B, C, H, W) -> the same. cond (B, 32) is the class
-    and, in a DDM, the level. GroupNorm keeps rows apart; SiLU is smooth, as a CDM needs.
+    """A residual block of two convolutions, (B, C, H, W) -> same. cond (B, 32) embeds the class
+    and, in a DDM, the level. GroupNorm does not mix rows; SiLU is smooth, as a CDM requires.
 
-    If the number of places H W is given, learned matrices (H W, H W) mix all places first, one for
-    each quarter of the channels: attention whose weights do not depend on x, and cheaper."""
+    Given `places` = H W, every quarter of the channels is first mixed over all positions by its own
+    learned (H W, H W) matrix: like attention, but cheaper, with weights that do not depend on x."""
 
     def __init__(self, channels, places=None):
         super().__init__()
@@ -103,42 +120,49 @@ class Block(nn.Module):
     def forward(self, x, cond):
         if self.places:
             quarters = F.silu(self.norm0(x)).flatten(2).unflatten(1, (4, -1))   # (B, 4, C/4, H W)
-            x = x + (quarters @ self.matrices).view_as(x)                     # (B, C, H, W)
+            x = x + (quarters @ self.matrices).view_as(x)
         h = self.conv1(F.silu(self.norm1(x))) + self.cond(cond)[:, :, None, None]
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
 class Trunk(nn.Module):
-    """A small U-Net: images (B, 1, H, W) -> features (B, width, H/2, W/2). At half the resolution
-    it sees strokes, at a quarter of it the whole digit."""
+    """A small U-Net, (B, 1, H, W) -> features (B, width, H/2, W/2). Half resolution shows strokes,
+    quarter resolution the whole digit. It pools by averages, because in a CDM the gradient is what
+    denoises, and the gradient of a strided convolution is uneven from pixel to pixel."""
 
     def __init__(self, size, width):
         super().__init__()
         places = (size // 4) ** 2
-        self.stem = nn.Conv2d(4, width, 3, padding=1)                 # 2x2 pixels are 4 channels
-        self.fine = Block(width)
-        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.stem1 = nn.Conv2d(1, width // 2, 3, padding=1)
+        self.stem2 = nn.Conv2d(width // 2, width // 4, 3, padding=1)
+        self.fine1, self.fine2 = Block(width), Block(width)
+        self.down = nn.Conv2d(width, 2 * width, 3, padding=1)
         self.coarse1, self.coarse2 = Block(2 * width, places), Block(2 * width, places)
         self.up = nn.Conv2d(2 * width, width, 1)
-        self.norm = nn.GroupNorm(4, 2 * width)
         self.join = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm1, self.norm2 = nn.GroupNorm(4, 2 * width), nn.GroupNorm(4, width)
 
     def forward(self, x, cond):
-        fine = self.fine(self.stem(F.pixel_unshuffle(x, 2)), cond)
-        coarse = self.coarse2(self.coarse1(self.down(fine), cond), cond)
+        fine = self.stem2(F.silu(self.stem1(x)))                              # (B, width/4, H, W)
+        fine = self.fine1(F.pixel_unshuffle(fine, 2), cond)                   # (B, width, H/2, W/2)
+        coarse = self.down(F.avg_pool2d(fine, 2))
+        coarse = self.coarse2(self.coarse1(coarse, cond), cond)
         both = torch.cat([fine, F.interpolate(self.up(coarse), scale_factor=2.0)], 1)
-        return self.join(F.silu(self.norm(both)))
+        fine = self.fine2(self.join(F.silu(self.norm1(both))), cond)
+        return F.silu(self.norm2(fine))
 
 
 class PixelMixture(nn.Module):
-    """Features (B, width, H/2, W/2) -> log [p_t(x) / N(x; 0, I)] in nats, (B,), of pixels x (B, d).
+    """log [p_t(x) / N(x; 0, I)] in nats, (B, n), of images x (B, 1, H, W) at the noise levels
+    alpha, sigma (B, n), as if pixels were independent given the features (B, width, H/2, W/2).
 
-    For each pixel the features give a mixture over clean grey values: five values that MNIST is
-    full of, and three Gaussians. Noise turns a grey value c into N(alpha c, sigma^2), and N(m, v)
-    into N(alpha m, alpha^2 v + sigma^2), so the noisy log-density is a formula. But the mixture
-    depends on x itself, so nothing forces the result to integrate to 1: log Z measures that.
-    Untrained, the mixture is the histogram of each pixel, which makes 1.77 bits/dim; all from there
-    to 1.12 was learned. log_lattice, at the end of this section, may be skipped."""
+    A clean pixel is one of five grey values that dominate MNIST, or comes from one of three
+    Gaussians. The features give 14 numbers per pixel: eight log weights, three means, three log
+    variances. Each level that is asked for scales and shifts them, alike at all pixels. Noise turns
+    a grey value c into N(alpha c, sigma^2), and N(m, v) into N(alpha m, alpha^2 v + sigma^2).
+
+    As the features depend on x itself, nothing forces the result to integrate to 1; log Z measures
+    its integral. At the start, each pixel has its histogram in the training images."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
@@ -146,27 +170,32 @@ class PixelMixture(nn.Module):
         super().__init__()
         n, g = len(self.GREYS), self.GAUSSIANS
         self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)     # 4: for each of 2x2 pixels
-        nn.init.zeros_(self.read.weight)
-        nn.init.zeros_(self.read.bias)
-        count = torch.stack([(images == k).flatten(1).sum(0) for k in self.GREYS])       # (n, d)
+        self.adjust = nn.Linear(32, 2 * (n + 3 * g))                           # scale and shift
+        self.constant = nn.Linear(32, 1, bias=False)            # -log of the integral at a level
+        for parameter in (*self.read.parameters(), *self.adjust.parameters(), self.constant.weight):
+            nn.init.zeros_(parameter)
+        count = torch.stack([(images == k).flatten(1).sum(0) for k in self.GREYS])       # (5, d)
         others = (len(images) - count.sum(0, keepdim=True)).expand(g, -1) / g
-        share = (torch.cat([count, others]) + 1) / (len(images) + n + g)
-        self.log_weight = nn.Parameter(share.log())                                    # (n+g, d)
+        self.log_weight = nn.Parameter((torch.cat([count, others]) + 1).log())           # (8, d)
         self.register_buffer("grey", to_x0(torch.tensor(self.GREYS))[:, None], persistent=False)
         self.register_buffer("mean", torch.linspace(-0.6, 0.6, g)[:, None], persistent=False)
 
     def forward(self, features, x, alpha, sigma):
-        n, g = len(self.GREYS), self.GAUSSIANS
-        x, alpha, sigma = x[:, None], alpha[:, None, None], sigma[:, None, None]      # (B, 1, d)
-        params = F.pixel_shuffle(self.read(features), 2).flatten(2)
-        weight, mean, spread = params.split([n + g, g, g], 1)                        # (B, .., d)
-        log_weight = (weight + self.log_weight).log_softmax(1)
-        of_greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
-        mean, variance = self.mean + mean, torch.exp(spread - 1.5) + STEP ** 2       # of clean x
-        of_gaussians = log_gaussian(x, alpha * mean, alpha ** 2 * variance + sigma ** 2)
-        of_gaussians = of_gaussians + log_lattice(x, sigma)               # 0 but for little noise
-        log_p = torch.cat([of_greys, of_gaussians], 1)
-        return torch.logsumexp(log_weight + log_p, 1).sum(1) - log_normal(x)
+        n, g, wave = len(self.GREYS), self.GAUSSIANS, waves(alpha, sigma)
+        pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
+        constant = 10 * self.constant(wave - pure_noise)[..., 0]      # 0 at T+1; 10 speeds it up
+        sigma = sigma.clamp(min=3e-4)                  # at level 0, the greys would have no width
+        numbers = F.pixel_shuffle(self.read(features), 2).flatten(2)[:, None]        # (B, 1, 14, d)
+        scale, shift = self.adjust(wave)[..., None].chunk(2, 2)                      # (B, n, 14, 1)
+        weight, mean, spread = (numbers * (1 + scale) + shift).split([n + g, g, g], 2)
+        log_weight = (weight + self.log_weight).log_softmax(2)                       # (B, n, 8, d)
+        mean, variance = self.mean + mean, torch.exp(spread - 1.5) + STEP ** 2     # of clean pixels
+        alpha, sigma = alpha[..., None, None], sigma[..., None, None]                # (B, n, 1, 1)
+        x = x.flatten(1)[:, None, None]                                              # (B, 1, 1, d)
+        greys = log_gaussian(x, alpha * self.grey, sigma ** 2)
+        gaussians = log_gaussian(x, alpha * mean, alpha ** 2 * variance + sigma ** 2)
+        parts = log_weight + torch.cat([greys, gaussians + log_lattice(x, sigma)], 2)
+        return parts.logsumexp(2).sum(2) - log_normal(x)[:, None] + constant
 
 
 def log_gaussian(x, mean, variance):
@@ -174,234 +203,215 @@ def log_gaussian(x, mean, variance):
     return -((x - mean) ** 2 / variance + torch.log(2 * math.pi * variance)) / 2
 
 
+def log_lattice(x, sigma):
+    """What makes the Gaussians of PixelMixture discrete, (B, n, 1, d). Safe to skip. It is the log
+    of a comb that multiplies their density: a peak at each of the 256 grey values, or flat (1) once
+    the noise hides the steps between them. The five nearest greys suffice. Saves 0.125 bits/dim."""
+    hidden = sigma > 0.6 * STEP
+    sigma = torch.where(hidden, STEP, sigma)
+    greys = STEP * (torch.arange(-2, 3, dtype=x.dtype, device=x.device)[:, None] + 0.5)    # (5, 1)
+    near = log_gaussian(torch.remainder(x, STEP), greys, sigma ** 2)                 # (B, n, 5, d)
+    return torch.where(hidden, 0.0, near.logsumexp(2, keepdim=True) + math.log(STEP))
+
+
 def waves(alpha, sigma):
-    """How a network is told a level: by sines and cosines of where its log-SNR lies between those
-    of level 1 and of level T, (..) -> (.., 32). Level 0 looks like 1, and T+1 like T."""
+    """Noise-level embedding, (..) -> (.., 32): sines and cosines of the log-SNR, rescaled so that
+    level 1 is at 0 and level T at 1. Level 0 is embedded like level 1, and T+1 like T."""
     log_snr = 2 * (alpha.clamp(min=1e-9) / sigma.clamp(min=1e-9)).log()
     depth = ((CLEANEST - log_snr) / (CLEANEST - NOISIEST)).clamp(0, 1)
     phase = depth[..., None] * torch.arange(1, 17, device=depth.device) * (math.pi / 2)
     return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-class DigitClassifier(nn.Module):
-    """log [p_t(x) / p_{T+1}(x)] in nats of images x (B, 1, H, W), of classes y (B,) or of unknown
-    class, at the levels asked about: alpha and sigma (B, n) -> (B, n).
-
-        x -> trunk, which is told no level               "what is it, and how noisy?"
-          -> last layers, told the level asked about     "suppose that it were of level t"
-          -> a mixture of clean grey values, per pixel   "then these greys were behind it"
-          -> log-ratio: sum over pixels, plus constant   "and p_t(x) would be so large"
-
-    The paper's network returns the logits of all T+2 levels; this one only those asked about. It is
-    not told which of them is the true one, so it is a classifier all the same. It knows levels by
-    their noise, not by their number, and so serves any number of them.
-
-    In a DDM the network is the same, but its trunk is told the level, and looks at `seen`, which is
-    x again: so the gradient in x does not go through the trunk."""
+class DigitNet(nn.Module):
+    """What a CDM and a DDM of digits share. Labels are embedded; the label CLASSES means none."""
 
     def __init__(self, images, width):
         super().__init__()
         self.trunk, self.mixture = Trunk(images.shape[-1], width), PixelMixture(images, width)
-        self.level, self.label = nn.Linear(32, width), nn.Embedding(CLASSES + 1, 32)
-        self.norm1, self.norm2 = nn.GroupNorm(4, width), nn.GroupNorm(4, width)
-        self.last = nn.Conv2d(width, width, 3, padding=1)
-        self.constant = nn.Linear(32, 1, bias=False)               # a learned number for each level
+        self.label = nn.Embedding(CLASSES + 1, 32)
         nn.init.zeros_(self.label.weight)
-        nn.init.zeros_(self.constant.weight)
 
-    def forward(self, x, alpha, sigma, seen=None, y=None):
-        n, wave = alpha.shape[1], waves(alpha, sigma)                                 # (B, n, 32)
-        cond = self.label.weight[-1:] if y is None else self.label(y)    # the last: unknown class
-        if seen is None:
-            features = self.trunk(x, cond)
-        else:
-            features = self.trunk(seen, cond + wave[:, 0])
-        # From here on there are B n rows, one for each level that is asked about.
-        features, pixels = (v.repeat_interleave(n, 0) for v in (features, x.flatten(1)))
-        h = self.norm1(features + self.level(wave).flatten(0, 1)[:, :, None, None])
-        h = F.silu(self.norm2(features + self.last(F.silu(h))))
-        sigma = sigma.clamp(min=3e-4)                # at level 0, greys would be infinitely narrow
-        ratio = self.mixture(h, pixels, alpha.flatten(), sigma.flatten()).view_as(alpha)
-        pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
-        constant = self.constant(wave - pure_noise)[..., 0]    # at T+1 it is 0, and ratio is 0, too
-        return ratio + 10 * constant                                       # 10: learns faster
+    def features(self, x, y, told=0.0):
+        """(B, width, H/2, W/2), for labels y (B,) or None. told: a level's waves, in a DDM."""
+        if y is None:
+            y = torch.full((len(x),), CLASSES, device=x.device)
+        return self.trunk(x, self.label(y) + told)
 
 
 class DigitCDM(CDM):
-    """A CDM whose network is asked about levels, two neighbours at a time in training."""
-    window = 2
+    """The paper's network returns the logits of all T+2 levels, this one only those asked for. Like
+    the rows of a last layer, the levels in `levels` are classes to score: none is marked as the
+    true one. A level is known by its noise, not by its index, so their number is free."""
+    window = 2                                     # training compares two adjacent levels at a time
 
-    def log_ratio(self, x, levels):
-        return self.net(x, self.alpha[levels], self.sigma[levels])
+    def log_ratio(self, x, levels, y=None):
+        tables = (v.to(x, non_blocking=True) for v in self.schedule)
+        alpha, sigma = (v.expand(len(x), -1).gather(1, levels) for v in tables)
+        return self.net.mixture(self.net.features(x, y), x, alpha, sigma)
 
 
 class DigitDDM(DDM):
-    """A DDM of the same network: theorem 3.1 as if its features did not depend on x."""
+    """A DDM of the same parts. Its trunk is told the level, and its gradient holds the features
+    constant: eps_hat is what the mixture implies. A CDM's gradient goes through the trunk."""
 
-    def predict_noise(self, xt, t):
-        levels = self.level(t, xt)[:, None]
-        alpha, sigma = self.alpha[levels], self.sigma[levels]                             # (B, 1)
-        gradient = torch.func.grad(lambda x: self.net(x, alpha, sigma, xt).sum())(xt)
+    def predict_noise(self, xt, t, y=None):
+        alpha, sigma = (v.view(-1, 1) for v in self.scales(t, xt))
+        features = self.net.features(xt, y, waves(alpha, sigma)[:, 0])
+        gradient = torch.func.grad(lambda x: self.net.mixture(features, x, alpha, sigma).sum())(xt)
         return sigma[..., None, None] * (xt - gradient)
 
 
-def log_lattice(x, sigma):
-    """A correction of log p for the Gaussians of PixelMixture, (B, 1, d). It may be skipped.
-
-    Clean pixels take only the values c_j = STEP (j + 1/2), but a Gaussian spreads between them too.
-    With little noise (where alpha is 1) the factor, sum over j of STEP N(x; c_j, sigma^2), gathers
-    its mass at these values; two neighbours on each side are enough. Where noise hides the steps,
-    the factor is 1. Nothing in it is learned. Without it, 0.125 bits/dim are lost."""
-    hidden = sigma > 0.6 * STEP
-    sigma = torch.where(hidden, STEP, sigma)
-    neighbours = STEP * (torch.arange(-2, 3, device=x.device)[:, None] + 0.5)            # (5, 1)
-    near = log_gaussian(torch.remainder(x, STEP), neighbours, sigma ** 2)            # (B, 5, d)
-    return torch.where(hidden, 0.0, near.logsumexp(1, keepdim=True) + math.log(STEP))
-
-
 def build(config, images=None):
-    """The untrained model of a configuration (model, dataset, width). images (N, 1, H, W) give the
-    histograms of the pixels; without them, weights have to be loaded."""
+    """An untrained model from a config (model, dataset, width). images (N, 1, H, W) initialise the
+    pixel histograms; without them, trained weights must be loaded."""
     if images is None:
         images = torch.zeros(1, 1, SIZE[config["dataset"]], SIZE[config["dataset"]])
     family = {"cdm": DigitCDM, "ddm": DigitDDM}[config["model"]]
-    net = DigitClassifier(images, config["width"])
-    return family(net, log_snr_schedule(64, CLEANEST, NOISIEST))
+    net = DigitNet(images, config["width"])
+    return family(net, log_snr_schedule(64, CLEANEST, NOISIEST)).float()
 
 
 # --------------------------------------------------------------------------------------- training
-W_CE = 0.02                    # of the cross-entropy: so small that the denoising error leads
-UNLABELLED = 0.2               # the share of rows whose class is hidden; they teach p(x)
+W_CE = 0.02            # weight of the cross-entropy: small, so that the denoising error dominates
+UNLABELLED = 0.2       # fraction of rows whose label is dropped; they train the unconditional p(x)
 
 
 def best_linear_mse(images, schedule):
-    """The mean squared error of eps_hat of the best linear denoiser at each level, float64 (T+2,):
-    the mean of alpha^2 s / (alpha^2 s + sigma^2) over the eigenvalues s of the images' covariance
-    (Wiener 1949). Levels 0 and T+1 get the value of their neighbours."""
+    """Noise-prediction MSE of the best linear denoiser at each level, float64 (T+2,): the mean of
+    alpha^2 s / (alpha^2 s + sigma^2) over the eigenvalues s of the image covariance (Wiener 1949).
+    Levels 0 and T+1 copy their neighbours."""
     s = torch.linalg.eigvalsh(to_x0(images.cpu()).flatten(1).T.double().cov()).clamp(min=0)
     alpha, sigma = (v[1:-1, None] for v in schedule)
     error = (alpha ** 2 * s / (alpha ** 2 * s + sigma ** 2)).mean(1)
     return torch.cat([error[:1], error, error[-1:]])
 
 
+def claim(out, resume):
+    """Create the folder `out` and return its log.csv, open and locked against a second run. Exits
+    if the folder is taken, cannot be written, or does not fit `resume`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        log = (out / "log.csv").open("a")
+        if fcntl:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        sys.exit(f"{out} cannot be written, or another run is writing there: {error.strerror}")
+    if resume and not (out / "model.pt").exists():
+        sys.exit(f"there is no {out / 'model.pt'} to --resume")
+    if not resume and ((out / "model.pt").exists() or (out / "weights.pt").exists()):
+        sys.exit(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    return log
+
+
 def save(path, **content):
-    """Written beside the old file first, so that one of the two is whole whenever we stop."""
-    torch.save(content, f"{path}.part")
-    os.replace(f"{path}.part", path)
+    """Save to a temporary file, then rename it, so that an interruption never corrupts `path`."""
+    try:
+        torch.save(content, f"{path}.part")
+        os.replace(f"{path}.part", path)
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"{path} cannot be written: {error}")
 
 
 def load(path, device="cpu", dataset=None):
-    """The trained model in a weights.pt or model.pt, ready to measure. SystemExit if none is there,
-    or if it was trained on another dataset."""
+    """A trained model from weights.pt or model.pt, in eval mode. Exits if the file is unusable or
+    the model was trained on another dataset."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if dataset not in (None, content["config"]["dataset"]):
-            raise ValueError(f"it is of {content['config']}")
+            raise ValueError(f"it was trained on another dataset: {content['config']}")
         model = build(content["config"])
         model.load_state_dict(content["model"])
     except Exception as error:
-        sys.exit(f"{path} holds no weights that can be used here: {error!r:.300}")
+        sys.exit(f"{path} holds no model that can be used here: {error!r:.300}")
     return model.to(device).eval()
 
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
-    """Train and return a model. Writes out/model.pt, log.csv, and at the end the small weights.pt.
-    SystemExit if model.pt does not fit to `resume` or to config, or if the training diverges."""
-    path, steps, first, log = out / "model.pt", config["steps"], 0, ["step,ce,mse,ms_per_step\n"]
-    if resume and not path.exists():
-        sys.exit(f"there is no {path} to --resume")
-    if not resume and (path.exists() or (out / "weights.pt").exists()):
-        sys.exit(f"{out} has a training already: add --resume to go on with it, or name another")
-    model = build(config, images).to(device)
-    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    """Train and return a model. Writes log.csv and model.pt to `out` every 100 steps, and finally
+    the small weights.pt. Exits if model.pt does not match config, or if training diverges. On a CPU
+    a resumed run repeats an uninterrupted one exactly, on a GPU up to rounding."""
+    log, path, steps, batch = claim(out, resume), out / "model.pt", config["steps"], config["batch"]
+    model = load(path, device) if resume else build(config, images).to(device)
+    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused="cuda" in str(device))
+    done = 0
     if resume:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         if kept["config"] != config:
-            sys.exit(f"{path} is of {kept['config']}, not of {config}: give the flags that it had, "
-                     "or start anew in another --out")
-        first, log = kept["step"], kept["log"]
-        model.load_state_dict(kept["model"])
+            sys.exit(f"{path} was trained with {kept['config']}, not {config}: pass the original "
+                     "flags, or start over in another --out")
         optimiser.load_state_dict(kept["optimiser"])
+        done = kept["step"]
+    else:
+        log.truncate(0)                       # of a run that was interrupted before its first save
+        print("step,cross_entropy,weighted_mse,ms_per_step", file=log, flush=True)
     error = best_linear_mse(images, model.schedule)
-    w_mse = (error.mean() / error).float().to(device)       # an error counts relative to this one
-    y = torch.zeros(config["batch"], dtype=torch.long, device=device)
-    losses = given(model, y).losses              # it holds y, whose values each step overwrites
-    losses = torch.compile(losses) if compiled else losses
+    w_mse = (error.mean() / error).float().to(device)       # so that levels count about equally
+    losses = torch.compile(model.losses) if compiled else model.losses
     images, labels, begun = images.to(device), labels.to(device), time.time()
-    for step in range(first + 1, steps + 1):
+    for step in range(done + 1, steps + 1):
         torch.manual_seed(config["seed"] * 1_000_003 + step)   # so that a resumed run is the same
-        rows = torch.randint(len(images), (len(y),), device=device)
-        hidden = torch.rand(len(y), device=device) < UNLABELLED
-        y.copy_(torch.where(hidden, CLASSES, labels[rows]))
-        ce, mse = losses(to_x0(images[rows]), w_mse)
+        rows = torch.randint(len(images), (batch,), device=device)
+        dropped = torch.rand(batch, device=device) < UNLABELLED
+        y = labels[rows].masked_fill(dropped, CLASSES)
+        ce, mse = losses(to_x0(images[rows]), w_mse, y=y)
         optimiser.zero_grad()
         (W_CE * ce + mse).backward()
-        if not math.isfinite(nn.utils.clip_grad_norm_(model.parameters(), 2.0).item()):
-            sys.exit(f"diverged at step {step}: a gradient is not finite; try another --seed")
-        warm_up, cosine = step / (0.03 * steps + 1), math.cos(math.pi * step / steps)
+        nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        warm_up, cosine = step / (0.03 * steps + 1), math.cos(math.pi * (step - 1) / steps)
         optimiser.param_groups[0]["lr"] = config["lr"] * min(warm_up, (1 + cosine) / 2)
         optimiser.step()
-        if step % 100 == 0 or step == steps:
-            ms = 1000 * (time.time() - begun) / (step - first)
-            print(f"step {step:6d} of {steps}   cross-entropy {ce.item():.3f} (chance 0.693)   "
-                  f"weighted MSE {mse.item():.4f}   {ms:.0f} ms a step   "
+        if step % 100 == 0 or step == steps:                # the only place that waits for a GPU
+            ce, mse = ce.item(), mse.item()
+            if not math.isfinite(ce + mse):
+                sys.exit(f"diverged before step {step}: the loss is not finite; try another --seed")
+            ms = 1000 * (time.time() - begun) / (step - done)
+            print(f"step {step:6d} of {steps}   cross-entropy {ce:.3f} (chance 0.693)   "
+                  f"weighted MSE {mse:.4f}   {ms:.0f} ms per step   "
                   f"{ms * (steps - step) / 60000:.1f} min left", flush=True)
-            log.append(f"{step},{ce.item():.5f},{mse.item():.6f},{ms:.1f}\n")
-            (out / "log.csv").write_text("".join(log), "utf-8")
-            save(path, config=config, step=step, log=log, model=model.state_dict(),
+            print(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}", file=log, flush=True)
+            save(path, config=config, step=step, model=model.state_dict(),
                  optimiser=optimiser.state_dict())
-    half = {name: value.half() for name, value in model.state_dict().items()}      # 16 bits do
-    save(out / "weights.pt", config=config, model=half)
+    save(out / "weights.pt", config=config, model=model.state_dict())
     return model.eval()
 
 
-# -------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def batches(function, x):
-    """function of a hundred rows of x at a time, joined, as float64 on the CPU."""
-    return torch.cat([function(part) for part in x.split(100)]).cpu().double()
-
-
-def mean_and_error(values):
-    """The mean of values (N,) and its standard error."""
-    return values.mean().item(), values.std().item() / len(values) ** 0.5
+    """function(x), computed a part of the rows at a time, as float64 on the CPU."""
+    parts = x.split(1000 if x.is_cuda else 100)
+    return torch.cat([function(part) for part in parts]).cpu().double()
 
 
 def likelihood(model, images, preset):
-    """Print the bits/dim of 8-bit images: a CDM's by one forward pass, a DDM's by its ELBO; then by
-    how much other estimates differ on the same images; for a CDM also log Z, which is to be added.
-    Returns the ELBO, in bits/dim, of the first preset["elbo"] images."""
+    """Print estimates of the bits/dim of 8-bit images: the ELBO, the ODE and, for a CDM, one pass
+    and log Z. Returns the ELBO of the first preset["elbo"] images."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     few = x1[:preset["slow"]]
-    ways = [("ELBO", lambda x: elbo(model, x), x0[:preset["elbo"]]),
-            ("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)]
-    if isinstance(model, CDM):
-        ways.insert(0, ("one pass", lambda x: model.log_prob(x, 1), x1))
-    first, bits = ways[0][0], {}
-    for name, function, x in ways:
-        begun = time.time()
-        bits[name] = bits_per_dim(batches(function, x), sigma1, d)
+
+    def line(name, log_p1, x):
+        begun, bits = time.time(), bits_per_dim(batches(log_p1, x), sigma1, d)
         ms = 1000 * (time.time() - begun) / len(x)
-        title, values = f"bits/dim by {name}", bits[name]
-        if name != first:
-            title, values = f"{name} minus {first}", values - bits[first][:len(x)]
-        title, (mean, error) = f"{title}, {len(x)} images", mean_and_error(values)
-        print(f"  {title:49s} {mean:6.3f} +- {error:.3f} {ms:8.0f} ms each", flush=True)
+        print(f"  {name:22s} {bits.mean():6.3f} +- {bits.std() / len(x) ** 0.5:.3f} bits/dim, "
+              f"{len(x):5d} images, {ms:6.0f} ms each", flush=True)
+        return bits.mean().item()
+
+    if isinstance(model, CDM):
+        one_pass = line("one forward pass", lambda x: model.log_prob(x, 1), x1)
+    bound = line("ELBO", lambda x: elbo(model, x), x0[:preset["elbo"]])
+    line("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)
     if isinstance(model, CDM):
         finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
-        below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer.to(few.device), few))
-        middle, margin = (below + above) / 2, abs(above - below) / 2
-        title = f"log Z, between {below:.3f} and {above:.3f}"
-        print(f"  {title:49s} {middle:6.3f} +- {margin:.3f}")
-        mean, error = mean_and_error(bits[first])
-        print(f"To be quoted is one pass + log Z: {mean + middle:.3f} +- "
-              f"{math.hypot(error, margin):.3f} bits/dim.", flush=True)
-    return bits["ELBO"]
+        below, above = (v / (d * math.log(2)) for v in annealed_log_z(finer, few))
+        print(f"  log Z in {below:.3f} .. {above:.3f}. The number to quote is one pass + log Z: "
+              f"{one_pass + (below + above) / 2:.3f} +- {abs(above - below) / 2:.3f}", flush=True)
+    return bound
 
 
 def make_judge(images, labels, steps=600):
-    """A small classifier of digits, trained on the spot, and its part that gives 64 features."""
+    """A small classifier of digits, trained on the spot, and its body: x0 -> 64 features."""
     stages = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.SiLU())
               for a, b in ((1, 32), (32, 64), (64, 64))]
     places = math.ceil(images.shape[-1] / 8) ** 2
@@ -418,7 +428,7 @@ def make_judge(images, labels, steps=600):
 
 
 def frechet(a, b):
-    """Squared distance of two Gaussians fitted to features (N, 64) (Heusel et al. 2017)."""
+    """Squared distance between two Gaussians fitted to features (N, 64) (Heusel et al. 2017)."""
     cross = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum()
             - 2 * cross).item()
@@ -429,92 +439,89 @@ def of_each_class(images, labels, n):
     return to_x0(torch.cat([images[labels == y][:n] for y in range(CLASSES)]))
 
 
-def quality(models, train_set, test_set, n):
-    """Print how far n samples (hundreds) are from the test digits, beside n real ones. Label first:
-    samples of p(x | y), as many of each class; together they are nearly samples of p(x) too."""
-    judge, body = make_judge(*train_set)
-    target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
-    order = torch.randperm(len(train_set[1])).to(train_set[1])      # neighbours share their writer
-    y = torch.arange(100).to(order) % CLASSES
-    real = of_each_class(train_set[0][order], train_set[1][order], n // CLASSES)
-    drawn = {"real (training) digits": (real, 0)}
-    for name, model in models.items():
-        for how, one in ((", label first", given(model, y)), (", free", model)):
-            begun, noise = time.time(), torch.randn(n, *train_set[0].shape[1:]).to(y.device)
-            x0 = batches(lambda x: sample(one, x, method="ddpm"), noise).to(noise)
-            drawn[name + how] = x0, 1000 * (time.time() - begun) / n
-    print(f"\n| {n:6d} samples, DDPM              | Frechet distance | 90 % sure | ms each |\n"
-          "| --------------------------------- | ---------------- | --------- | ------- |")
-    for name, (x0, ms) in drawn.items():
-        distance = frechet(batches(body, x0), target)
-        sure = batches(lambda x: judge(x).softmax(1).amax(1) >= 0.9, x0).mean()
-        print(f"| {name:33s} | {distance:16.2f} | {100 * sure:7.1f} % | {ms:7.1f} |")
-
-
 # ---------------------------------------------------------------------------------------- figures
 def picture(ax, x0, title):
-    """Images (rows, columns, 1, H, W) as one, black -1 to white 1."""
-    x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)                  # a pixel between neighbours
+    """Tile images (rows, columns, 1, H, W) into one picture; -1 is black, 1 is white."""
+    x0 = F.pad(x0[:, :, 0], (0, 1, 0, 1), value=-1)                # a one-pixel gap between tiles
     x0 = x0.permute(0, 2, 1, 3).flatten(0, 1).flatten(1)[:-1, :-1]
     ax.imshow(x0.cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
     ax.set_title(title, fontsize=9)
     ax.axis("off")
 
 
-def show_samples(models, images, labels, seed, path):
-    """Real digits, and those of each model, all models from the same noise: a class in each row."""
-    fig, axes = plt.subplots(1, 1 + len(models), figsize=(3 + 3 * len(models), 3.3), squeeze=False,
+def show_samples(models, train_set, test_set, n, seed, path):
+    """Draw real digits and each model's samples, one class per row, and print how far n of them,
+    n / 10 per class, are from the test digits, and how many the judge is 90 % sure of. Samples are
+    from p(x | y), so together nearly from p(x). All models share the same noise."""
+    judge, body = make_judge(*train_set)
+    target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
+    order = torch.randperm(len(train_set[1])).to(train_set[1])     # adjacent digits share a writer
+    real = of_each_class(train_set[0][order], train_set[1][order], n // CLASSES)
+    y = torch.arange(CLASSES).repeat_interleave(n // CLASSES).to(order)
+    fig, axes = plt.subplots(1, 1 + len(models), figsize=(3 + 3 * len(models), 3.3),
                              layout="constrained")
-    picture(axes[0, 0], of_each_class(images, labels, 10).unflatten(0, (10, 10)), "real digits")
-    y = torch.arange(CLASSES, device=labels.device).repeat_interleave(10)
-    for ax, (name, model) in zip(axes[0, 1:], models.items()):
-        torch.manual_seed(seed)
-        noise = torch.randn(100, *images.shape[1:]).to(images.device)
-        x0 = sample(given(model, y), noise, method="ddpm").clamp(-1, 1)
-        picture(ax, x0.unflatten(0, (10, 10)), f"drawn by {name}")
+    print(f"\n| {n:5d} samples, DDPM        | Frechet distance | 90 % sure | ms each |\n"
+          "| -------------------------- | ---------------- | --------- | ------- |")
+
+    def show(ax, name, x0, ms):
+        picture(ax, x0.unflatten(0, (CLASSES, -1))[:, :10], name)
+        distance = frechet(batches(body, x0), target)
+        sure = batches(lambda x: judge(x).softmax(1).amax(1) >= 0.9, x0).mean()
+        print(f"| {name:26s} | {distance:16.2f} | {100 * sure:7.1f} % | {ms:7.1f} |", flush=True)
+
+    show(axes[0], "real (training) digits", real, 0)
+    for ax, (name, model) in zip(axes[1:], models.items()):
+        for title, guidance in ((f"{name}, guidance 0.3", 0.3), (name, 0.0)):
+            torch.manual_seed(seed)
+            begun, noise = time.time(), torch.randn_like(real)
+            x0 = batches(lambda rows: sample(model, noise[rows], eta=1.0, guidance=guidance,
+                                             y=y[rows]), torch.arange(n).to(y)).to(real)
+            show(ax, title, x0, 1000 * (time.time() - begun) / n)
     fig.savefig(path, dpi=100)
 
 
 @torch.no_grad()
 def show_levels(model, image, path):
-    """What the classifier makes of one digit at six levels."""
+    """What the classifier makes of one digit at six noise levels."""
     every = torch.arange(model.T + 2, device=image.device)[None]
-    fig, axes = plt.subplots(4, 6, figsize=(9, 5.6), layout="constrained",
-                             height_ratios=[1, 0.6, 1, 1])
-    for column, share in zip(axes.T, (0.15, 0.4, 0.55, 0.7, 0.85, 1.0)):
-        x0, t = to_x0(image), round(share * model.T)
-        eps = torch.randn_like(x0)
-        xt = model.add_noise(x0, t, eps)
-        picture(column[0], (xt / 2)[None], f"x_t, true level t = {t}")      # / 2: noise exceeds 1
-        column[1].plot(model.log_ratio(xt, every)[0].softmax(0).cpu())
-        column[1].axvline(t, color="grey", linestyle=":")
-        column[1].set(yticks=[], xlabel="level", ylim=(0, None))
-        column[1].set_title("p(level given x_t)", fontsize=9)
-        off = (model.predict_noise(xt, t) - eps).abs()
-        picture(column[2], off[None] - 1, "error |eps_hat - eps|")
-        picture(column[3], model.denoise(xt, t)[None], "denoised: x0_hat")
+    fig, axes = plt.subplots(3, 6, figsize=(9, 4.6), layout="constrained",
+                             height_ratios=[1, 0.7, 1])
+    for column, t in zip(axes.T, (25, 31, 37, 44, 50, 56)):
+        x0, near = to_x0(image), range(t - 8, t + 9)
+        xt = model.add_noise(x0, t, torch.randn_like(x0))
+        picture(column[0], (xt / 2)[None], f"level {t}")                # / 2: noise exceeds 1
+        posterior = model.log_ratio(xt, every)[0].softmax(0).cpu()
+        column[1].bar(near, posterior[near], color=["C1" if s == t else "C0" for s in near])
+        column[1].set(yticks=[], ylim=(0, None))
+        column[1].set_title("p(level | x)", fontsize=9)
+        picture(column[2], model.denoise(xt, t)[None], "denoised")
     fig.savefig(path, dpi=100)
 
 
 @torch.no_grad()
-def show_errors(models, bounds, images, train_images, path):
-    """The MSE of eps_hat at each level, divided by that of the best linear denoiser (compare figure
-    4 of the paper). Prints its mean over levels, and the ELBO, of all models on the same images."""
+def show_errors(models, bounds, images, linear, path):
+    """Print each model's ELBO, and its MSE relative to the best linear denoiser's. Plot the MSE per
+    level relative to the first DDM's if there are CDMs too, otherwise to the linear denoiser's."""
     x0 = to_x0(images)
-    eps = torch.randn_like(x0)
-    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    eps, mse = torch.randn_like(x0), {"best linear denoiser": linear}
     print(f"\n| {len(x0):5d} images          | weights | ELBO, bits/dim | MSE / best linear's |\n"
           "| --------------------- | ------- | -------------- | ------------------- |")
     for name, model in models.items():
-        mse = torch.tensor([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t), eps)
-                            for t in range(1, model.T + 1)])
-        mse = mse / best_linear_mse(train_images, model.schedule)[1:-1]
+        mse[name] = torch.stack([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t),
+                                            eps).cpu() for t in range(1, model.T + 1)])
         print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | "
-              f"{bounds[name].mean():14.4f} | {mse.mean():19.4f} |", flush=True)
-        style = "-" if isinstance(model, CDM) else "--"               # one nearly covers the other
-        alpha, sigma = model.schedule
-        ax.plot(2 * (alpha / sigma).log()[1:-1], mse, style, label=name)
-    ax.set(xlabel="log-SNR (left: noise)", title="MSE of eps_hat / the best linear denoiser's")
+              f"{bounds[name]:14.4f} | {(mse[name] / linear).mean():19.4f} |", flush=True)
+    reference = [name for name in models if isinstance(models[name], DDM)]
+    reference = reference[0] if 0 < len(reference) < len(models) else "best linear denoiser"
+    alpha, sigma = model.schedule
+    fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
+    for name in models:
+        if name != reference:
+            more = 100 * (mse[name] / mse[reference] - 1)
+            ax.plot(2 * (alpha / sigma).log()[1:-1], more, label=name)
+    ax.axhline(0, color="grey", linewidth=1)
+    ax.set(xlabel="log-SNR (left: noise)", ylabel="%",
+           title=f"MSE of eps_hat, compared with the {reference}'s")
     ax.legend()
     fig.savefig(path, dpi=100)
 
@@ -522,20 +529,20 @@ def show_errors(models, bounds, images, train_images, path):
 # ------------------------------------------------------------------------------------------- main
 def measure(models, train_set, test_set, preset, seed, out):
     """One screen of numbers on the test set, and three pictures."""
-    images = test_set[0][:preset["one_pass"]]
-    few, bounds = images[:preset["elbo"]], {}
-    show_samples(models, *test_set, seed, out / "samples.png")
+    images, bounds = test_set[0][:preset["one_pass"]], {}
     for name, model in models.items():
         print(f"\n{name}")
         torch.manual_seed(seed)                                   # the same noise for all models
         bounds[name] = likelihood(model, images, preset)
+    torch.manual_seed(seed)
+    linear = best_linear_mse(train_set[0], model.schedule)[1:-1]
+    show_errors(models, bounds, images[:preset["elbo"]], linear, out / "errors.png")
+    for model in models.values():
         if isinstance(model, CDM):
             show_levels(model, images[:1], out / "levels.png")
-    torch.manual_seed(seed)
-    show_errors(models, bounds, few, train_set[0], out / "errors.png")
-    if preset["samples"]:
-        quality(models, train_set, test_set, preset["samples"])
-    print(f"pictures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
+    show_samples(models, train_set, test_set, preset["samples"], seed, out / "samples.png")
+    plt.close("all")
+    print(f"figures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
 def arguments():
@@ -547,19 +554,22 @@ def arguments():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--compile", action="store_true", help="use torch.compile: for a GPU, needs Triton")
     add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
-    add("--out", type=Path, help="folder for results (runs/ and what the run is)")
-    add("--weights", nargs="+", metavar="FILE", help="measure these files, without any training")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--steps", type=int, help="steps of the training")
-    add("--batch", type=int, help="images a step")
+    add("--out", type=Path, help="output folder (default: runs/ and the name of the run)")
+    add("--weights", nargs="+", metavar="FILE", help="evaluate these files, without training")
+    add("--resume", action="store_true", help="continue from the last checkpoint in --out")
+    add("--steps", type=int, help="training steps")
+    add("--batch", type=int, help="images per step")
     add("--width", type=int, help="channels of the network, a multiple of 4")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="0 .. 10^9")
     args = p.parse_args()
     if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)) or (
-            args.width or 4) % 4:
-        p.error("--steps, --batch and --width must be 1 or more, --width a multiple of 4")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        p.error(f"--device cuda: torch {torch.__version__} sees no such device")
+            args.width or 4) % 4 or args.seed not in range(10 ** 9 + 1):
+        p.error("--steps, --batch and --width must be 1 or more, --width a multiple of 4, and "
+                "--seed in 0 .. 10^9")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (AssertionError, RuntimeError) as error:
+        p.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     return args
 
 
@@ -567,29 +577,36 @@ def main():
     args = arguments()
     preset = {name: vars(args).get(name) or value                  # the flags override the preset
               for name, value in (QUICK if args.quick else FULL).items()}
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")
+        preset["slow"] *= 10
+    plt.rcParams["text.parse_math"] = False                       # a $ in a file's name is a $
     run = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
     out = args.out or Path("runs", run)
-    out.mkdir(parents=True, exist_ok=True)
     train_set, _, test_set = load_data(args.dataset, args.data)
     print(f"torch {torch.__version__} on {args.device}; results go to {out}", flush=True)
     try:
         torch.manual_seed(args.seed)
         if args.weights:
-            models = {path: load(path, args.device, args.dataset) for path in args.weights}
+            out.mkdir(parents=True, exist_ok=True)
+            models = [load(path, args.device, args.dataset) for path in args.weights]
         else:
             config = dict(model=args.model, dataset=args.dataset, seed=args.seed,
                           **{name: preset[name] for name in ("width", "batch", "steps", "lr")})
             print(f"training: {config}", flush=True)
-            models = {args.model: train(config, *train_set, args.device, out, args.resume,
-                                        args.compile)}
+            models = [train(config, *train_set, args.device, out, args.resume, args.compile)]
+        kinds = ["CDM" if isinstance(model, CDM) else "DDM" for model in models]
+        names = [kind if kinds.count(kind) == 1 else f"{kind} {path}"
+                 for kind, path in zip(kinds, args.weights or kinds)]
         train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
-        measure(models, train_set, test_set, preset, args.seed, out)
+        measure(dict(zip(names, models)), train_set, test_set, preset, args.seed, out)
     except KeyboardInterrupt:
-        sys.exit(f"stopped. If there is a {out / 'model.pt'}, --resume goes on from it")
+        sys.exit(f"interrupted. If {out / 'model.pt'} exists, --resume goes on from it")
     if args.quick and not args.weights:
-        print("This was a short training. The README shows what a long one gives: on MNIST 1.12 "
-              "bits/dim, and digits that a classifier reads with certainty.")
+        print("This was a short run. The README shows what a long one gives: on MNIST, 1.11 "
+              "bits/dim, and digits that a classifier can mostly read with confidence.")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")      # a console may lack a letter of a name
     main()

@@ -3,30 +3,35 @@
 Run with `pytest`: about a minute on two CPU cores, no network access. Read the two theorems first.
 """
 
-import copy
+import contextlib
 import gzip
 import hashlib
+import io
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
 import cdm
 import mnist
 import toy_2d
-from cdm import (CDM, DDM, Schedule, annealed_log_z, bits_per_dim, ddpm_schedule, elbo, given,
+from cdm import (CDM, DDM, Schedule, annealed_log_z, bits_per_dim, ddpm_schedule, dpm_solver, elbo,
                  log_snr_schedule, ode_log_prob, ot_schedule, sample, uniform_schedule)
 
 HERE = Path(__file__).parent
@@ -40,34 +45,38 @@ def seeded():
     torch.set_num_threads(1)               # tiny tensors: a second thread costs more than it brings
 
 
+def from_seed_0(function, *args, **cond):
+    torch.manual_seed(0)
+    return function(*args, **cond)
+
+
+# --------------------------------------------------------------------------- theorems and losses
 class Exact(CDM):
     """The CDM of two Gaussians in the plane: N(alpha m_k, alpha^2 S_k + sigma^2 I) at level t."""
 
-    def __init__(self, schedule=log_snr_schedule(50, 8, -8)):
+    def __init__(self, schedule=log_snr_schedule(50, 8, -8), weights=(0.3, 0.7)):
         super().__init__(self.logits, schedule)
-        self.weights = torch.tensor([0.3, 0.7]).double()
         self.means = torch.tensor([[-1.0, 0.5], [1.0, 0.0]]).double()
         self.covs = torch.tensor([[[0.2, 0.1], [0.1, 0.3]], [[0.05, 0], [0, 0.4]]]).double()
         alpha, sigma = (v[:, None, None, None] for v in schedule)
-        self.noised = MultivariateNormal(alpha[..., 0] * self.means,                 # (T+2, K), 2
-                                         alpha ** 2 * self.covs + sigma ** 2 * torch.eye(2))
-        self.at_0 = self.weights.log() + self.noised.log_prob(torch.zeros(2).double())
-        self.data = MixtureSameFamily(Categorical(self.weights),
-                                      MultivariateNormal(self.means, self.covs))
-
-    def parts(self, x):                          # log(w_k N_k(x)), (B, T+2, K): a quadratic form
-        P, mean = self.noised.precision_matrix, self.noised.mean[..., None]
-        pull = torch.einsum("bi,tki->btk", x, (P @ mean)[..., 0])
-        return self.at_0 + pull - torch.einsum("bij,tkij->btk", x[:, :, None] * x[:, None], P) / 2
+        parts = MultivariateNormal(alpha[..., 0] * self.means,                       # (T+2, K), 2
+                                   alpha ** 2 * self.covs + sigma ** 2 * torch.eye(2))
+        weights = Categorical(torch.tensor(weights).double().expand(self.T + 2, 2))
+        self.noised = MixtureSameFamily(weights, parts, validate_args=False)
 
     def logits(self, x):
-        return self.parts(x).logsumexp(2)
+        return self.noised.log_prob(x[:, None])                                        # (B, T+2)
+
+    def data(self, n):
+        return self.noised.sample([n])[:, 0]
 
     def posterior_mean(self, x, t):
         """E[x_0 | x_t = x]: each component's linear regression, weighted by its responsibility."""
-        gain = self.schedule.alpha[t] * self.covs @ self.noised.precision_matrix[t]      # (K, d, d)
-        each = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - self.noised.mean[t])
-        return (self.parts(x)[:, t].softmax(1)[..., None] * each).sum(1)
+        parts, weights = self.noised.component_distribution, self.noised.mixture_distribution
+        part = (parts.log_prob(x[:, None, None]) + weights.logits)[:, t].softmax(1)    # (B, K)
+        gain = self.schedule.alpha[t] * self.covs @ parts.precision_matrix[t]          # (K, d, d)
+        each = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - parts.mean[t])
+        return (part[..., None] * each).sum(1)
 
 
 @pytest.mark.parametrize("make", SCHEDULES)
@@ -81,20 +90,19 @@ def test_theorem_3_1_the_gradient_of_exact_logits_is_the_posterior_mean(make):
 @pytest.mark.parametrize("make", SCHEDULES)
 def test_theorem_3_2_the_logits_give_the_exact_log_density_at_every_level(make):
     exact, x = Exact(make(50)), 2 * torch.randn(52, 2).double()
-    truth = MixtureSameFamily(Categorical(exact.weights.expand(52, 2)), exact.noised)
+    truth = exact.noised.log_prob(x[:, None])
     for t in range(52):
-        assert_close(exact.log_prob(x, t), truth.log_prob(x[:, None])[:, t])
-    assert_close(exact.log_prob(x, torch.arange(52)), truth.log_prob(x[:, None]).diag())
+        assert_close(exact.log_prob(x, t), truth[:, t])
+    assert_close(exact.log_prob(x, torch.arange(52)), truth.diag())
 
 
-@pytest.mark.parametrize("T", [2, 257, 1000])
+@pytest.mark.parametrize("T", [2, 1000])
 def test_schedules_are_those_of_their_papers(T):
     ddpm, uniform, ot, log_snr = (make(T) for make in SCHEDULES)
     linear, one = torch.linspace(0, 1, T + 2).double(), torch.ones(T + 2).double()
     for alpha, sigma in (ddpm, uniform, log_snr):                            # variance preserving
         assert_close(alpha ** 2 + sigma ** 2, one)
-    assert_close((uniform.sigma, ot.sigma, ot.alpha + ot.sigma), (linear, linear, one),
-                 rtol=0, atol=1e-6)
+    assert_close((uniform.sigma, *ot), (linear, 1 - linear, linear), rtol=0, atol=1e-6)
     assert_close(2 * torch.log(log_snr.alpha / log_snr.sigma)[1:-1],
                  torch.linspace(14, -8, T).double(), rtol=0, atol=1e-5)
     assert 3.5e-5 < ddpm.alpha[T] ** 2 < 4.2e-5                      # of T = 1000, as its betas are
@@ -102,84 +110,122 @@ def test_schedules_are_those_of_their_papers(T):
                  [0.9999, 0.99978009, 0.07858724], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("K", [2, 5, None])
-def test_the_losses_are_cross_entropy_and_weighted_error_over_a_window_of_levels(K):
-    model, w_mse, seen = Exact(log_snr_schedule(20, 8, -8)), torch.rand(22).double(), []
-    model.window, x0 = K, model.data.sample([4400])
-    for name in ("add_noise", "ratio_and_noise"):                         # note what they are given
-        method = getattr(model, name)
-        setattr(model, name, lambda *args, method=method: seen.append(args) or method(*args))
-    ce, mse = model.losses(x0, w_mse)
-    (_, t, eps), (xt, levels), *_ = seen
-    assert_close((xt, levels[:, 0]), (model.add_noise(x0, t, eps), t))
-    assert_close(levels.sort(1)[0], levels.amin(1)[:, None] + torch.arange(K or 22))
-    assert_close(ce, -model.logits(xt).gather(1, levels).log_softmax(1)[:, 0].mean())
-    assert_close(mse, (w_mse[t] * (model.predict_noise(xt, t) - eps).square().mean(1)).mean())
+@pytest.mark.parametrize("K", [1, 2, 5, None])
+def test_the_losses_classify_a_window_of_levels_and_denoise_the_true_one(K):
+    model, w_mse, k = Exact(log_snr_schedule(20, 8, -8)), torch.rand(22).double(), K or 22
+    model.window, x0 = K, model.data(4400)
+    with patch.object(model, "add_noise", wraps=model.add_noise) as noising, \
+            patch.object(model, "log_ratio_and_noise", wraps=model.log_ratio_and_noise) as asked:
+        ce, mse = model.losses(x0, w_mse)
+    (clean, t, eps), (xt, levels) = noising.call_args.args, asked.call_args.args
+    window, first = levels.sort(1)[0], levels.amin(1)
+    assert_close((clean, xt), (x0, model.add_noise(x0, t, eps)))
+    assert_close(window, first[:, None] + torch.arange(k))                   # adjacent levels,
+    assert first.unique().tolist() == list(range(23 - k))                    # all the windows,
+    place = (t - first).bincount(minlength=k) / 4400                         # any place in them
+    assert_close(place, torch.full((k,), 1 / k), atol=0.03, rtol=0)
+    assert_close(ce, F.cross_entropy(model.logits(xt).gather(1, window), t - first))
+    error = F.mse_loss(model.predict_noise(xt, t), eps, reduction="none")
+    assert_close(mse, (w_mse[t] @ error).sum() / error.numel())
 
 
-@pytest.mark.parametrize("K", [2, 5, None])
-def test_the_exact_classifier_is_where_the_cross_entropy_of_windows_is_stationary(K, monkeypatch):
-    """At one point x, average over all windows and places, with the chance p(t | x) of level t: no
-    level's logit may want to move. Each row has shifts of its own, so gradients can be weighted."""
-    exact, k = Exact(log_snr_schedule(20, 8, -8)), K or 22
-    n = (23 - k) * k
-    shift, x = torch.zeros(n, 22).double().requires_grad_(), torch.tensor([[0.3, -0.2]]).double()
-    model, drawn = CDM(lambda x: exact.logits(x) + shift, exact.schedule), []
-    model.window, row = K, torch.arange(n)[:, None]
-    numbers = {23 - k: row // k, k: row % k}              # of windows, and of places in them
-    monkeypatch.setattr(torch, "randint", lambda high, *_, **__: numbers[high])
-    model.add_noise = lambda x0, t, eps: drawn.append(t) or x.expand(n, 2)
-    model.losses(torch.zeros(n, 2).double())[0].backward()
-    p = exact.logits(x).softmax(1)[0, drawn[0]]
-    assert (shift.grad != 0).sum(0).min() == k          # all windows, those at the ends too
-    assert_close(p @ shift.grad, torch.zeros(22).double(), atol=1e-12, rtol=0)
+def test_the_loss_of_a_ddm_is_its_error_at_levels_1_to_T():
+    exact = Exact()
+    ddm, x0 = DDM(exact.predict_noise, exact.schedule), exact.data(5000)
+    with patch.object(ddm, "net", wraps=ddm.net) as told:
+        ce, mse = ddm.losses(x0)
+    assert ce == 0 and told.call_args.args[1].unique().tolist() == list(range(1, 51))
+    # the CDM also meets t = 0, where eps_hat = 0 costs 1
+    assert_close(mse, exact.losses(x0)[1] * 52 / 50 - 1 / 50, atol=0.02, rtol=0)
 
 
-def small_model():
-    return CDM(toy_2d.MLP(2, 12, 32, 2, frequencies=0), log_snr_schedule(10, 8, -8))
+# -------------------------------------------------------------------------- labels and guidance
+def labelled(exact=Exact()):
+    """Given labels y = 0 or 1 this is the model of one Gaussian, without labels that of both."""
+    ones = [Exact(weights=weights) for weights in ((1.0, 0.0), (0.0, 1.0))]
+    return CDM(lambda x, y=None: exact.logits(x) if y is None else torch.where(
+        y[:, None] == 0, *(one.logits(x) for one in ones)), exact.schedule)
 
 
-def test_compiled_equals_eager_where_nothing_is_random_and_losses_compile():
-    model, x, t = small_model(), torch.randn(4, 2), torch.tensor([1, 3, 5, 9])
-    compiled = torch.compile(model.predict_noise)
-    assert_close(compiled(x, t), model.predict_noise(x, t), rtol=1e-4, atol=1e-5)
-    sum(torch.compile(model.losses, backend="aot_eager", fullgraph=True)(x)).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+USES = {
+    "log_prob": lambda m, x, **y: m.log_prob(x, 3, **y),
+    "log Z": lambda m, x, **y: torch.tensor(annealed_log_z(m, x, **y)),
+    "losses": lambda m, x, **y: torch.stack(m.losses(x, **y)),
+    "denoise": lambda m, x, **y: m.denoise(x, 30, **y),
+    "DDPM": lambda m, x, **y: sample(m, x, 5, eta=1.0, **y),
+    "dpm_solver": lambda m, x, **y: dpm_solver(m, x, 5, **y),
+    "elbo": lambda m, x, **y: elbo(m, x, **y),
+    "ODE": lambda m, x, **y: ode_log_prob(m, x, 40, **y),
+}
 
 
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_labels_choose_the_model_of_their_class_everywhere_also_in_a_ddm(use):
+    x = torch.randn(20, 2).double()
+    for exact, cond in (Exact(), {}), (Exact(weights=(1.0, 0.0)), dict(y=torch.zeros(20))):
+        assert_close(from_seed_0(use, labelled(), x, **cond), from_seed_0(use, exact, x))
+        ddm, true = (DDM(model.predict_noise, exact.schedule) for model in (labelled(), exact))
+        if use not in (USES["log_prob"], USES["log Z"]):
+            assert_close(from_seed_0(use, ddm, x, **cond), from_seed_0(use, true, x))
+
+
+@pytest.mark.parametrize("sampler", [partial(sample, eta=1.0), sample, dpm_solver])
+def test_guidance_minus_1_forgets_the_labels_and_more_exaggerates_them_linearly(sampler):
+    x, y = torch.randn(20, 2).double(), torch.ones(20)
+    assert_close(from_seed_0(sampler, labelled(), x, 5, guidance=-1.0, y=y),
+                 from_seed_0(sampler, Exact(), x, 5))
+    free, plain, guided = (sampler(labelled(), x, 1, guidance=w, y=y) for w in (-1.0, 0.0, 3.0))
+    assert_close(guided - plain, 3 * (plain - free))              # one step is linear in eps_hat
+    assert not torch.allclose(plain, free)
+
+
+# ------------------------------------------------------------------------------------- samplers
 @pytest.mark.parametrize("schedule", [log_snr_schedule(1000, 18, -8), ot_schedule(1000)])  # uneven
 def test_dpm_solver_is_second_order_and_ddim_first(schedule):
     alpha, sigma = schedule
     std = (0.7 * alpha).hypot(sigma)                                    # of data N(0, 0.7^2)
-    model = DDM(lambda x, t: (sigma / std ** 2)[t, None] * x, schedule)
-    error = {(method, n): abs(sample(model, std[None, 1000:-1], n, method).item() - 0.7)
-             for method in ("ddim", "dpm") for n in (50, 100, 200)}     # the flow scales x by std
+    model = DDM(lambda x, t: (sigma / std ** 2)[t, None] * x, schedule)   # the flow scales x by std
+    error = {(method, n): abs(method(model, std[None, 1000:-1], n).item() - 0.7)
+             for method in (sample, dpm_solver) for n in (50, 100, 200)}
     for n in (50, 100):
-        assert 1.7 < error["ddim", n] / error["ddim", 2 * n] < 2.3
-        assert 3.2 < error["dpm", n] / error["dpm", 2 * n] < 4.8
+        assert 1.7 < error[sample, n] / error[sample, 2 * n] < 2.3
+        assert 3.2 < error[dpm_solver, n] / error[dpm_solver, 2 * n] < 4.8
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, None])
-@pytest.mark.parametrize("schedule", [log_snr_schedule(60, 8, -8), ot_schedule(60)])
-def test_samplers_meet_the_density_of_every_level_and_ddpm_the_noising(method, steps, schedule):
-    """If all data are one point, x_t ~ N(2 alpha_t, sigma_t^2) however large the steps, and x_s and
-    x_t are correlated as in the noising if ddpm draws noise anew, fully if ddim does not."""
-    (alpha, sigma), path, n = schedule, [], steps or 60
-    z = lambda x, t: (x - 2 * alpha[t, None]) / sigma[t, None]
-    model = DDM(lambda x, t: path.append((t, z(x, t))) or path[-1][1], schedule)
-    start = model.add_noise(2 * torch.ones(20000, 1).double(), 60, torch.randn(20000, 1).double())
-    assert_close(sample(model, start, steps, method), 2 + 0 * start)
-    assert [t[0].item() for t, _ in path] == [60 - i * 60 // n for i in range(n)]
-    for (t, zt), (s, zs) in pairwise(path):
-        shared = (alpha / sigma)[t[0]] / (alpha / sigma)[s[0]] if method == "ddpm" else 1.0
+@pytest.mark.parametrize("schedule", [log_snr_schedule(24, 8, -8), ot_schedule(24)])
+def test_samplers_meet_the_density_of_every_level_and_ddpm_the_noising(eta, steps, schedule):
+    """If all data are one point, x_t ~ N(2 alpha_t, sigma_t^2) however large the steps. x_s and x_t
+    are correlated as in the noising if eta = 1, fully if eta = 0, and in between if in between."""
+    (alpha, sigma), n = schedule, steps or 24
+
+    def noise_in(x, t):
+        return (x - 2 * alpha[t].view(-1, 1)) / sigma[t].view(-1, 1)
+    model = DDM(noise_in, schedule)
+    start = model.add_noise(2 * torch.ones(20000, 1).double(), 24, torch.randn(20000, 1).double())
+    with patch.object(model, "predict_noise", wraps=model.predict_noise) as asked:
+        assert_close(sample(model, start, steps, eta), 2 + 0 * start)
+    path = [call.args for call in asked.call_args_list]
+    assert [t for _, t in path] == [24 - i * 24 // n for i in range(n)]
+    for (xt, t), (xs, s) in pairwise(path):
+        zt, zs, shared = noise_in(xt, t), noise_in(xs, s), (alpha / sigma)[t] / (alpha / sigma)[s]
+        expected = (1 - eta ** 2 * (1 - shared ** 2)).sqrt().item()
         found = torch.stack([zs.mean(), zs.std(), (zs * zt).mean()]).tolist()
-        assert_close(found, [0.0, 1.0, float(shared)], atol=0.04, rtol=0)
+        assert_close(found, [0.0, 1.0, expected], atol=0.04, rtol=0)
 
 
+@pytest.mark.parametrize("sampler", [sample, dpm_solver])
+def test_deterministic_samplers_leave_the_random_generator_alone(sampler):
+    before = torch.get_rng_state()
+    sampler(Exact(), torch.ones(3, 2).double(), 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --------------------------------------------------------------------------------------- audits
 @pytest.mark.parametrize("last", [-10, 4])
 def test_elbo_ode_and_one_pass_agree_as_far_as_level_T_is_noise(last):
-    model, x0 = Exact(log_snr_schedule(50, 8, last)), Exact().data.sample([2000])
+    model, x0 = Exact(log_snr_schedule(50, 8, last)), Exact().data(2000)
     x1, xT = (model.add_noise(x0, t, torch.randn_like(x0)) for t in (1, 50))
     one_pass = model.log_prob(x1, 1)
     kl = (model.logits(xT)[:, 50] - cdm.log_normal(xT)).mean()             # KL(p_T || N(0, I))
@@ -191,21 +237,17 @@ def test_elbo_ode_and_one_pass_agree_as_far_as_level_T_is_noise(last):
         assert abs(guess.mean() - one_pass[:400].mean()) < 0.05
 
 
-@pytest.mark.parametrize("schedule", [log_snr_schedule(100, 6, -6), ot_schedule(120)])
-def test_annealing_brackets_a_planted_constant_and_does_not_see_others(schedule):
-    exact = Exact(schedule)                      # the straight path is not variance preserving
-    planted = torch.zeros(len(schedule.alpha)).double()
-    planted[1], planted[40:60] = 0.8, -0.5                 # p_1 integrates to exp(0.8)
-    model = CDM(lambda x: exact.logits(x) + planted, schedule)
-    x1 = model.add_noise(exact.data.sample([1000]), 1, torch.randn(1000, 2).double())
-    below, above = annealed_log_z(model, x1)
-    width = 0.6 if schedule.alpha[1] > 0.998 else 5.0            # few levels near the data are wide
-    assert below < 0.8 < above < below + width and abs((below + above) / 2 - 0.8) < width / 6
+def test_annealing_brackets_log_z_where_steps_are_not_exact():
+    exact = Exact(log_snr_schedule(60, 6, -6))
+    model = CDM(lambda x: exact.logits(x) + 0.8 * F.one_hot(torch.tensor(1), 62), exact.schedule)
+    x1 = model.add_noise(exact.data(400), 1, torch.randn(400, 2).double())
+    below, above = annealed_log_z(model, x1)                          # p_1 integrates to exp(0.8)
+    assert below < 0.8 < above < below + 1 and abs((below + above) / 2 - 0.8) < 0.2
 
 
 def test_annealing_is_exact_if_all_data_are_one_point_as_ddpm_steps_are_then():
     alpha, sigma = schedule = log_snr_schedule(60, 6, -16)
-    planted = torch.where(torch.arange(62) == 1, 0.8, 0.0)
+    planted = 0.8 * F.one_hot(torch.tensor(1), 62) - 0.5 * F.one_hot(torch.tensor(30), 62)
     logits = lambda x: Normal(2 * alpha, sigma.clamp(min=1e-9)).log_prob(x) + planted
     x1 = 2 * alpha[1] + sigma[1] * torch.randn(50, 1).double()
     assert_close(annealed_log_z(CDM(logits, schedule), x1), (0.8, 0.8), atol=0.002, rtol=0)
@@ -225,85 +267,98 @@ def test_the_bits_of_a_known_distribution_are_its_entropy():
     assert_close(bits_per_dim(2 * log_p1, sigma1, 2), bits_per_dim(log_p1, sigma1, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_it_runs_in_both_precisions_on_images_and_is_saved(dtype):
-    model, twin = (CDM(nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.SiLU(), nn.Linear(32, 22)),
-                       log_snr_schedule(20, 8, -8)).to(dtype) for _ in range(2))
-    x = sample(model, torch.randn(3, 1, 4, 4, dtype=dtype), mnist.np.int64(5), "dpm")
-    assert x.shape == (3, 1, 4, 4) and x.dtype == dtype and not x.requires_grad
-    for result in (model.log_prob(x), elbo(model, x), ode_log_prob(model, x, probes=2)):
-        assert result.dtype == dtype and result.shape == (3,)
-    sum(model.losses(x)).backward()
-    twin.load_state_dict(model.state_dict())
-    assert_close(twin.log_prob(x), model.log_prob(x))
-    twin.net = nn.DataParallel(model.net)                                      # a wrapped network
-    assert_close(twin.predict_noise(x, 3), model.predict_noise(x, 3))
-
-
-def test_guidance_0_is_the_labelled_model_and_minus_1_the_one_without_labels():
-    exact, y, t = Exact(), torch.tensor([0, 1] * 4), torch.arange(1, 48, 6)
-    x, rows, ones = exact.data.sample([8]), torch.arange(8), torch.ones(8).long()
-    of_class = lambda x, y: (exact.parts(x) - exact.weights.log())[rows, :, y]
-    model = CDM(lambda x, y=None: exact.logits(x) if y is None else of_class(x, y), exact.schedule)
-    free, labelled = model.predict_noise(x, t), given(model, y).predict_noise(x, t)
-    assert_close(given(model, y).log_prob(x, t), of_class(x, y)[rows, t])
-    for one in (model, given(model, y, -1.0)):                     # the model itself has no labels
-        assert_close(one.predict_noise(x, t), free)
-    assert_close(given(model, y, 2.0).predict_noise(x, t), labelled + 2 * (labelled - free))
-    assert_close(given(given(model, ones, 3.0), y).predict_noise(x, t), labelled)      # replaced
-
-
-@pytest.mark.parametrize("family", ["cdm", "ddm"])
-def test_a_labelled_model_shares_weights_is_copied_and_pickled_and_label_10_is_none(family):
-    model, y, x = scattered(family), torch.arange(3), torch.randn(3, 1, 8, 8).double()
-    labelled = given(model, y, 1.0)
-    labelled.net.net.label.weight.data += torch.randn(11, 32)               # seen by both
-    value, free = labelled.predict_noise(x, 9), model.predict_noise(x, 9)
-    assert type(labelled) is type(model) and not torch.allclose(value, free)
-    assert_close(given(model, y, 1.0).predict_noise(x, 9), value)
-    assert_close(given(model, 0 * y + 10).predict_noise(x, 9), free)
-    for twin in (copy.deepcopy(labelled), pickle.loads(pickle.dumps(labelled))):
-        assert_close(twin.predict_noise(x, 9), value)
-    assert twin.to("meta").net.y.is_meta                                # labels go to the device
-
-
-def test_a_ddm_of_the_same_denoiser_is_the_same_diffusion_model():
-    exact, shown = Exact(), []
-    ddm = DDM(lambda xt, t: shown.append(t) or exact.predict_noise(xt, t), exact.schedule)
-    start, x0 = torch.randn(6, 2).double(), exact.data.sample([5000])
-    assert_close(sample(ddm, start, 10), sample(exact, start, 10))
-    assert_close(ode_log_prob(ddm, start), ode_log_prob(exact, start))
-    ce, mse = ddm.losses(x0)                   # the CDM also meets t = 0, where eps_hat = 0 costs 1
-    assert_close(mse, exact.losses(x0)[1] * 52 / 50 - 1 / 50, atol=0.02, rtol=0)
-    assert ce == 0 and shown[-1].min() == 1 and shown[-1].max() == 50
+# ---------------------------------------------------------------------- bad input, and PyTorch
+def small_model(window=None):
+    net = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Linear(32, 12))
+    model = CDM(net, log_snr_schedule(10, 8, -8))
+    model.window = window
+    return model
 
 
 BAD = {
     "log-SNR rises": lambda m, x: CDM(m.net, log_snr_schedule(10, -8, 8)),
-    "schedule ends": lambda m, x: CDM(m.net, Schedule(*(v[:-1] for v in m.schedule))),
-    "no schedule": lambda m, x: CDM(None, 1000),
-    "level above": lambda m, x: m.predict_noise(x, 12),
-    "level tensor shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
-    "level tensor dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
+    "schedule's end": lambda m, x: CDM(m.net, Schedule(*(v[:-1] for v in m.schedule))),
+    "T = 0": lambda m, x: CDM(m.net, log_snr_schedule(0)),
+    "level tensor's shape": lambda m, x: m.log_prob(x, torch.zeros(3, dtype=torch.long)),
+    "level tensor's dtype": lambda m, x: m.log_prob(x, torch.zeros(4)),
+    "denoising pure noise": lambda m, x: m.denoise(x, 11),
     "integer data": lambda m, x: m.losses(x.byte()),
-    "logit width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
-    "method": lambda m, x: sample(m, x, method="euler"),
-    "steps above T": lambda m, x: sample(m, x, steps=11),
-    "ODE level": lambda m, x: ode_log_prob(m, x, 0),
+    "data (B,)": lambda m, x: m.losses(x[:, 0]),
     "empty batch": lambda m, x: m.losses(x[:0]),
+    "logits' width": lambda m, x: CDM(m.net, ddpm_schedule(20)).log_prob(x),
+    "window 0": lambda m, x: small_model(0).losses(x),
+    "window T+3": lambda m, x: small_model(13).losses(x),
+    "steps above T": lambda m, x: dpm_solver(m, x, steps=11),
     "ELBO of few levels": lambda m, x: elbo(m, x),
-    "level -1 in a tensor": lambda m, x: m.add_noise(x, torch.full((4,), -1), x),
     "half precision": lambda m, x: m.bfloat16().log_prob(x.bfloat16()),
     "blurred greys": lambda m, x: bits_per_dim(0.0, 0.001, 1),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_value_error(name):
-    with pytest.raises(IndexError if name == "level -1 in a tensor" else ValueError):
-        BAD[name](small_model(), torch.randn(4, 2))
+@pytest.mark.parametrize("use", BAD.values(), ids=BAD)
+def test_bad_input_is_a_value_error(use):
+    with pytest.raises(ValueError):
+        use(small_model(), torch.randn(4, 2))
 
 
+@pytest.mark.parametrize("t", [-1, 66])
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_a_level_out_of_range_is_an_error_also_in_a_tensor(family, t):
+    digits, exact, x = digit_model(family), Exact(log_snr_schedule(64)), torch.randn(2, 2).double()
+    plain = exact if family == "cdm" else DDM(exact.predict_noise, exact.schedule)
+    for model, x in (plain, x), (digits, torch.randn(2, 1, 8, 8)):
+        for use in [model.predict_noise, model.denoise, getattr(model, "log_prob", model.denoise)]:
+            with pytest.raises(ValueError):
+                use(x, t)
+            with pytest.raises((IndexError, RuntimeError)):
+                use(x, torch.tensor([1, t]))
+
+
+def test_denoising_pure_noise_gives_nan_in_its_row_alone():
+    found = small_model().denoise(torch.randn(3, 2), torch.tensor([10, 11, 0]))
+    assert found.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_conversions_do_not_round_alpha_and_sigma():
+    for model in small_model().double(), small_model().bfloat16().float():
+        for table, exact in zip((model.alpha, model.sigma), model.schedule):
+            assert torch.equal(table, exact.to(table.dtype))
+
+
+def test_noise_and_losses_compile():
+    model, x = small_model(), torch.randn(4, 2)
+    compiled = torch.compile(model.predict_noise, backend="eager")
+    for t in (9, 5, 3, torch.tensor([1, 3, 5, 9])):           # an int is dynamic from the second on
+        assert_close(compiled(x, t), model.predict_noise(x, t))
+    ce, mse = torch.compile(model.losses, backend="aot_eager", fullgraph=True)(x)
+    (ce + mse).backward()
+
+
+def test_log_ratios_and_losses_are_float32_under_autocast():
+    model, x, levels = small_model(), torch.randn(100, 2), torch.arange(12).expand(100, 12)
+    ratio, losses = model.log_ratio(x, levels), from_seed_0(model.losses, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.net(x).dtype == torch.bfloat16
+        assert_close(model.log_ratio(x, levels), ratio, atol=0.02, rtol=0)     # and of equal dtype
+        assert_close(from_seed_0(model.losses, x), losses, atol=0.02, rtol=0)
+
+
+class Attention(nn.Linear):
+    def forward(self, x):                                       # (B, 12): 4 tokens, or 12 logits
+        return F.scaled_dot_product_attention(*super().forward(x).view(-1, 3, 4, 3).chunk(3, 1))
+
+
+def test_attention_trains_with_the_math_backend_and_only_with_it():
+    net = nn.Sequential(nn.Linear(2, 12), Attention(12, 36), nn.Flatten())
+    model, x = CDM(net, log_snr_schedule(10, 8, -8)), torch.randn(6, 2)
+    with pytest.raises(RuntimeError, match="derivative"):
+        sum(model.losses(x)).backward()
+    with sdpa_kernel(SDPBackend.MATH):
+        sum(model.losses(x)).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+# --------------------------------------------------------------------------- the plane: toy_2d.py
 @pytest.mark.parametrize("name", toy_2d.DATASETS)
 def test_the_oracles_are_exact_at_every_level(name):
     oracle, points = toy_2d.DATASETS[name](), toy_2d.grid()[::3]
@@ -390,156 +445,99 @@ def test_a_job_that_fails_ends_the_others_at_once_where_processes_are_spawned(mo
     assert time.time() - begun < 60 and not multiprocessing.active_children()
 
 
-def digit_model(family="cdm"):
-    torch.manual_seed(0)
-    images = (torch.rand(50, 1, 8, 8) * 300 - 40).clamp(0, 255).to(torch.uint8)
-    return mnist.build(dict(model=family, dataset="digits", width=16), images), images
+# -------------------------------------------------------------------------- the digits' network
+IMAGES = (from_seed_0(torch.rand, 50, 1, 8, 8) * 300 - 40).clamp(0, 255).byte()
+X, LEVELS = 0.5 * from_seed_0(torch.randn, 4, 1, 8, 8).double(), torch.tensor([1, 20, 40, 64])
 
 
-def scattered(family="cdm"):
-    """The same in float64, with its weights away from the zeros of the start."""
-    model = digit_model(family)[0].double()
+def digit_model(family="cdm", scatter=0.0):
+    """Untrained or, in float64, with weights that are away from the zeros of the start."""
+    config = dict(model=family, dataset="digits", width=16)
+    model = from_seed_0(mnist.build, config, IMAGES)
     for p in model.parameters():
-        p.data += 0.02 * torch.randn_like(p)
-    return model
+        p.data += scatter * torch.randn_like(p)
+    return model.double() if scatter else model
 
 
 def test_the_digit_classifier_starts_as_the_exact_one_of_independent_pixels_on_a_lattice():
-    model, images = digit_model()
-    x, (alpha, sigma) = 0.5 * torch.randn(3, 1, 8, 8), model.schedule
-    counts = torch.stack([images == k for k in mnist.PixelMixture.GREYS]).double().sum(1)
-    share = torch.cat([counts, (50 - counts.sum(0, keepdim=True)).expand(3, -1, -1, -1) / 3]) + 1
+    model, (alpha, sigma) = digit_model(), log_snr_schedule(64)
+    counts = torch.stack([IMAGES == k for k in mnist.PixelMixture.GREYS], -1).double().sum(0) + 1
     grey = (2 * torch.arange(-1000, 1256).double() + 1) / 256 - 1             # also beyond 0 .. 255
+    others = Normal(torch.tensor([[-0.6], [0.0], [0.6]]), math.sqrt(math.exp(-1.5) + 1 / 128 ** 2))
+    others = others.log_prob(grey).exp().mean(0) / 128                       # their mass at a grey
+    prior = (58 - counts.sum(-1, keepdim=True)) * others                       # (1, 8, 8, 2256)
+    prior[..., [1000 + k for k in mnist.PixelMixture.GREYS]] += counts
     for t in (0, 1, 5, 9, 10, 30, 64):             # at level 0 a little noise stands in for none
-        seen = Normal(alpha[t] * grey, sigma[t].clamp(min=3e-4))
-        seen = seen.log_prob(x[..., None].double()).exp()                      # (3, 1, 8, 8, 2256)
-        if t < 64:                                 # where all greys that count are among these
-            noise = sigma.clamp(min=3e-4).float()[t].view(1, 1, 1)
-            factor = mnist.log_lattice(x.flatten(2), noise).view_as(x).exp()
-            assert_close(factor.double(), seen.sum(-1) * alpha[t] * mnist.STEP, atol=0.005, rtol=0)
-        p = sum(share[i] * seen[..., 1000 + k] for i, k in enumerate(mnist.PixelMixture.GREYS))
-        for i, mean in enumerate((-0.6, 0.0, 0.6)):
-            prior = Normal(mean, math.sqrt(math.exp(-1.5) + mnist.STEP ** 2))
-            p = p + share[5 + i] * (seen * prior.log_prob(grey).exp() * mnist.STEP).sum(-1)
-        log_p = (p / share.sum(0)).log().flatten(1).sum(1)
-        assert_close(model.log_prob(x, t).double(), log_p, atol=0.05, rtol=1e-3)
+        seen = Normal(alpha[t] * grey, sigma[t].clamp(min=3e-4)).log_prob(X[..., None])
+        log_p = (seen + (prior / 58).log()).logsumexp(-1).flatten(1).sum(1)
+        assert_close(model.log_prob(X.float(), t).double(), log_p, atol=0.05, rtol=1e-3)
+    assert_close(digit_model("ddm").predict_noise(X.float(), LEVELS),           # of a DDM, as well
+                 model.predict_noise(X.float(), LEVELS), atol=1e-3, rtol=1e-3)
 
 
-def test_the_digit_denoiser_starts_as_the_classifier_but_is_told_its_level(monkeypatch):
-    model, ddm, told = digit_model()[0], digit_model("ddm")[0], scattered("ddm")
-    x, t = torch.randn(4, 1, 8, 8), torch.tensor([1, 20, 40, 64])
-    assert_close(ddm.predict_noise(x, t), model.predict_noise(x, t), atol=1e-3, rtol=1e-3)
-    ddm.losses(x)[1].backward()
-    assert [n for n, p in ddm.named_parameters() if p.grad is None] == ["net.constant.weight"]
-    eps_hat, level = told.predict_noise(x.double(), t), mnist.waves(told.alpha[t], told.sigma[t])
-    u, v = torch.randn(2, *x.shape).double()
-    (slope,) = torch.func.vjp(lambda x: told.predict_noise(x, t), x.double())[1](v)   # for the ODE
-    change = told.predict_noise(x + 1e-6 * u, t) - told.predict_noise(x - 1e-6 * u, t)
-    assert_close((slope * u).sum((1, 2, 3)), (change * v).sum((1, 2, 3)) / 2e-6, rtol=1e-4, atol=0)
-    features = told.net.trunk(x.double(), told.net.label(0 * t + 10) + level)
-    monkeypatch.setattr(mnist.Trunk, "forward", lambda *_: features)          # held fixed
-    assert_close(told.predict_noise(x.double(), t), eps_hat)
+def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_of_any_schedule():
+    model = digit_model(scatter=0.02)
+    every = model.log_ratio(X, torch.arange(66).expand(4, 66))
+    for i, t in enumerate([0, 25, 64, 65]):
+        assert_close(model.log_ratio(X[i:i + 1], torch.tensor([[t]]))[0, 0], every[i, t])
+    assert_close(every[:, 65], torch.zeros(4).double(), atol=1e-9, rtol=0)     # p_{T+1} = N(0, I)
+    finer = mnist.DigitCDM(model.net, log_snr_schedule(127)).double()          # every second is new
+    assert_close(finer.log_prob(X, 2 * LEVELS - 1), model.log_prob(X, LEVELS), atol=1e-4, rtol=1e-4)
 
 
-def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_in_any_number():
-    model, t, y = scattered(), torch.tensor([0, 1, 25, 64, 65]), torch.tensor([3, 1, 10, 5, 0])
-    x = 0.5 * torch.randn(5, 1, 8, 8).double()
-    every = model.log_ratio(x, torch.arange(66).expand(5, 66))
-    one_by_one = torch.stack([model.log_ratio(x[i:i + 1], t[i:i + 1, None])[0] for i in range(5)])
-    assert_close(one_by_one, every.gather(1, t[:, None]))
-    assert_close(every[:, 65], torch.zeros(5).double(), atol=1e-9, rtol=0)     # p_{T+1} = N(0, I)
-    finer = mnist.DigitCDM(model.net, log_snr_schedule(127, 14, -8)).double()  # every second is new
-    assert_close(finer.log_prob(x, 11), model.log_prob(x, 6), atol=1e-4, rtol=1e-4)
-    given(model, y).losses(x)[1].backward()                    # constants are learned by CE alone
-    assert [n for n, p in model.named_parameters() if p.grad is None] == ["net.constant.weight"]
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_denoising_trains_all_but_one_constant_and_every_scale_and_shift_by_the_level(family):
+    model = digit_model(family, scatter=0.02)
+    model.losses(X, y=torch.tensor([3, 1, 10, 5]))[1].backward()
+    untrained = [name for name, p in model.named_parameters() if p.grad is None]
+    assert untrained == ["net.mixture.constant.weight"]
+    assert (model.net.mixture.level.weight.grad != 0).any(1).all()      # each scale and each shift
+
+
+def test_the_digit_denoiser_holds_features_constant_and_label_10_is_no_label():
+    ddm = digit_model("ddm", scatter=0.02)
+    eps_hat = ddm.predict_noise(X, LEVELS)
+    told = ddm.net.label(torch.full((4,), 10)) + mnist.waves(ddm.alpha, ddm.sigma)[LEVELS]
+    with patch.object(mnist.Trunk, "forward", return_value=ddm.net.trunk(X, told)):
+        assert_close(ddm.predict_noise(X, LEVELS), eps_hat)
+
+
+def test_the_jacobian_of_the_digit_denoiser_is_that_of_finite_differences():
+    ddm, (u, v) = digit_model("ddm", scatter=0.02), torch.randn(2, *X.shape).double()
+    (slope,) = torch.func.vjp(lambda x: ddm.predict_noise(x, LEVELS), X)[1](v)     # as for the ODE
+    up, down = (ddm.predict_noise(X + h * u, LEVELS) for h in (1e-6, -1e-6))
+    assert_close((slope * u).sum(), ((up - down) * v).sum() / 2e-6, rtol=1e-4, atol=0)
+
+
+def test_pooling_passes_the_same_gradient_to_every_place():
+    trunk, fine = digit_model().net.trunk, torch.randn(2, 16, 4, 4).requires_grad_()
+    with patch.object(trunk.fine1, "forward", return_value=fine), \
+            patch.object(trunk.down, "forward", wraps=trunk.down.forward) as down:
+        trunk(X[:2].float(), torch.zeros(2, 32))
+    (gradient,) = torch.autograd.grad(down.call_args.args[0].sum(), fine)
+    assert_close(gradient, torch.full_like(fine, 0.25))
+
+
+def test_models_are_built_and_loaded_in_float32_if_the_default_is_float64(tmp_path):
+    torch.set_default_dtype(torch.float64)
+    try:
+        mnist.save(tmp_path / "x.pt", config=dict(model="cdm", dataset="digits", width=16),
+                   model=digit_model().state_dict())
+        model = mnist.load(tmp_path / "x.pt")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {v.dtype for v in (*model.parameters(), *model.buffers())} == {torch.float32}
 
 
 def test_the_best_linear_denoiser_is_exact_for_a_gaussian():
     images = torch.randint(0, 256, (4000, 1, 2, 2), dtype=torch.uint8)
     images[:, :, 1] = images[:, :, :1, 0] // 2                     # three pixels that are related
-    schedule, x0 = log_snr_schedule(9, 6, -8), mnist.to_x0(images).flatten(1).double()
-    found = mnist.best_linear_mse(images, schedule)
+    cov, (alpha, sigma) = mnist.to_x0(images).flatten(1).double().T.cov(), log_snr_schedule(9, 6)
+    found = mnist.best_linear_mse(images, log_snr_schedule(9, 6))
     for t in (1, 5, 9):                          # eps_hat = sigma N^-1 (xt - alpha m), N = cov(xt)
-        alpha, sigma = schedule.alpha[t], schedule.sigma[t]
-        noised = x0.T.cov() * alpha ** 2 + sigma ** 2 * torch.eye(4).double()
-        assert_close(found[t], 1 - sigma ** 2 * torch.linalg.inv(noised).trace() / 4)
+        noised = cov * alpha[t] ** 2 + sigma[t] ** 2 * torch.eye(4)
+        assert_close(found[t], 1 - sigma[t] ** 2 * torch.linalg.inv(noised).trace() / 4)
     assert found[0] == found[1] and found[10] == found[9]
-
-
-def training(out, device="cpu", model="cdm", steps=100):
-    config = dict(model=model, dataset="digits", width=8, batch=16, steps=steps, lr=0.01, seed=0)
-    images, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 10
-    return mnist.train(config, images, y, device, out)
-
-
-def test_training_warms_up_clips_and_drops_labels(monkeypatch, tmp_path):
-    rates, norms, given_to, labels = [], [], [], []
-
-    def note(optimiser, *_):                                                      # before a step
-        group = optimiser.param_groups[0]
-        rates.append(group["lr"])
-        norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
-        labels.append(given_to[-1].clone())
-    monkeypatch.setattr(mnist, "W_CE", 100.0)                                 # a large gradient
-    monkeypatch.setattr(mnist, "given", lambda model, y: given_to.append(y) or given(model, y))
-    handle = register_optimizer_step_pre_hook(note)
-    training(tmp_path)
-    handle.remove()
-    assert_close(rates[:4], [0.0025, 0.005, 0.0075, 0.005 * (1 + math.cos(math.pi * 0.04))])
-    assert rates[-1] < 1e-9 and abs(max(norms) - 2.0) < 1e-3
-    assert 0.17 < (torch.cat(labels) == mnist.CLASSES).float().mean() < 0.23
-
-
-@pytest.mark.parametrize("family", ["cdm", "ddm"])
-def test_training_and_sampling_stay_on_the_device(family, monkeypatch, tmp_path):
-    """On PyTorch's meta device tensors have no values; to mix them with the CPU's is an error."""
-    monkeypatch.setattr(mnist, "save", lambda path, **content: None)
-    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
-    model = training(tmp_path, "meta", family, steps=2)
-    for method in ("ddpm", "ddim", "dpm"):
-        assert sample(model, torch.randn(3, 1, 8, 8, device="meta"), 3, method).is_meta
-
-
-def test_a_cdm_and_a_ddm_train_resume_and_are_measured_together(monkeypatch, capsys, tmp_path):
-    judge, save, measure, out = mnist.make_judge, mnist.save, mnist.measure, tmp_path / "a cdm"
-    monkeypatch.setattr(mnist, "make_judge", lambda *data: judge(*data, steps=20))
-    monkeypatch.setattr(mnist, "QUICK", dict(width=8, batch=16, steps=120, lr=0.01, one_pass=100,
-                                             elbo=20, slow=10, fine=40, samples=100))
-    monkeypatch.setattr(mnist, "log_snr_schedule", lambda T, *ends: log_snr_schedule(24, *ends))
-
-    def run_digits(out, *flags):
-        monkeypatch.setattr(sys, "argv", ["mnist.py", "--dataset", "digits", "--quick", "--device",
-                                          "cpu", "--out", str(out), *map(str, flags)])
-        mnist.main()
-        return capsys.readouterr().out
-
-    def stop(path, **content):                        # as Ctrl-C does, after a save
-        save(path, **content)
-        if content.get("step") == 100:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(mnist, "measure", lambda *_: None)
-    run_digits(tmp_path / "a ddm", "--steps", 3, "--model", "ddm")
-    run_digits(tmp_path / "b")
-    monkeypatch.setattr(mnist, "save", stop)
-    for why, *flags in (["--resume goes on from it"], ["has a training already: add --resume"],
-                        ["is of .*, not of .*: give the flags", "--resume", "--batch", 32]):
-        with pytest.raises(SystemExit, match=why):
-            run_digits(out, *flags)
-    monkeypatch.setattr(mnist, "save", save)
-    monkeypatch.setattr(mnist, "measure", measure)
-    said = run_digits(out, "--resume")                                 # as if it had never stopped
-    a, b = (torch.load(folder / "model.pt") for folder in (out, tmp_path / "b"))
-    assert_close(a["model"], b["model"], rtol=0, atol=0)
-    assert re.findall(r"^\w+", (out / "log.csv").read_text(), re.M) == ["step", "100", "120"]
-    ce, one, log_z, both = (float(re.search(pattern, said)[1]) for pattern in (
-        r"step    120 of 120   cross-entropy ([\d.]+)", r"by one pass, 100 images +([\d.-]+)",
-        r"log Z, between .* +([\d.-]+) \+-", r"one pass \+ log Z: ([\d.-]+)"))
-    assert ce < math.log(2) and abs(one + log_z - both) < 0.002 and one < 5
-    pair = run_digits(tmp_path / "c", "--weights", out / "model.pt", tmp_path / "a ddm/weights.pt")
-    for line in ("by one pass", "ELBO minus", "ODE minus", "log Z, between"):   # the same numbers
-        assert re.search(f"{line}.*[+]- [0-9.]+", said)[0] in pair
-    assert all(f"| {row}" in pair for row in ("real ", f"{out}/model.pt, label first", tmp_path))
-    assert "bits/dim by ELBO, 20 images" in pair and len(list((tmp_path / "c").glob("*.png"))) == 3
 
 
 def test_the_frechet_distance_of_two_gaussians_is_its_closed_form():
@@ -559,42 +557,245 @@ def test_the_committed_weights_know_digits():
     assert bits[0] < 0.3 < bits[1] and real.mean() < 1.15 and real.max() < inverse.min()
 
 
-def test_a_download_is_kept_if_it_is_whole_and_read_from_disk_ever_after(monkeypatch, tmp_path):
-    images, labels, data = torch.arange(2 * 784) % 251, torch.tensor([3, 1]), tmp_path / "my data"
-    for name, header, values in (("images.gz", 16, images), ("labels.gz", 8, labels)):
-        packed = gzip.compress(bytes(header) + bytes(values.tolist()))
-        (tmp_path / name).write_bytes(packed)
-        monkeypatch.setattr(mnist, "URL", f"{tmp_path.as_uri()}/")
-        with pytest.raises(RuntimeError, match="hash"):
-            mnist.read_or_download(data, name, "0000")
-        assert not (data / name).exists()
-        for _ in range(2):
-            found = mnist.read_or_download(data, name, hashlib.sha256(packed).hexdigest()[:16])
-            assert torch.equal(found.flatten().long(), values)
-            (tmp_path / name).unlink(missing_ok=True)
-        assert found.shape == ((2, 1, 28, 28) if name == "images.gz" else (2,))
+# --------------------------------------------------------------------------------- MNIST's files
+def packed(values, header):
+    return gzip.compress(bytes(header) + bytes(values), 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """5007 training digits and 3 for test. The i-th image is of grey i % 10, which is its label."""
+    for name in mnist.FILES:
+        y = bytes(i % 10 for i in range(5007 if "train" in name else 3))
+        images = packed(b"".join(y[i:i + 1] * 784 for i in range(len(y))), 16)
+        (tmp_path / name).write_bytes(images if "images" in name else packed(y, 8))
+    return tmp_path
+
+
+def test_images_keep_their_labels_and_the_last_5000_for_training_become_validation(folder):
+    for (x, y), n, first in zip(mnist.load_data("mnist", folder), (7, 5000, 3), (0, 7, 0)):
+        assert x.shape == (n, 1, 28, 28) and torch.equal(y, (first + torch.arange(n)) % 10)
+        assert torch.equal(x[:, 0, 5, 5], y)
+
+
+DAMAGE = {
+    "another count": ("train-labels", lambda whole: packed([1] * 5, 8)),
+    "above 9": ("t10k-labels", lambda whole: packed([9, 10, 1], 8)),
+    "images as labels": ("t10k-labels", lambda whole: packed([1] * 2352, 16)),
+    "labels as images": ("t10k-images", lambda whole: packed([1] * 30, 8)),
+    "empty": ("train-labels", lambda whole: packed([], 8)),
+    "truncated": ("train-images", lambda whole: whole[:-9]),
+    "garbled": ("train-images", lambda whole: whole[:10] + b"\xff" * 9 + whole[19:]),
+    "a web page": ("t10k-images", lambda whole: b"<html>"),
+}
+
+
+@pytest.mark.parametrize("name, damage", DAMAGE.values(), ids=DAMAGE)
+def test_mnist_files_that_do_not_fit_are_named(name, damage, folder):
+    (file,) = folder.glob(f"{name}*")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(SystemExit, match=rf"^MNIST cannot be read: .*{name}.*\n"):
+        mnist.load_data("mnist", folder)
+
+
+def test_a_download_is_kept_if_it_is_whole_and_read_from_disk_ever_after(folder, monkeypatch):
+    name, data = "t10k-labels-idx1-ubyte.gz", folder / "my data"
+    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()[:16]
+    monkeypatch.setattr(mnist, "URL", f"{folder.as_uri()}/")
+    with pytest.raises(RuntimeError, match="hash"):
+        mnist.read_or_download(data, name, "0000")
+    assert not (data / name).exists()
+    for _ in range(2):
+        assert mnist.read_or_download(data, name, sha256).tolist() == [0, 1, 2]
+        (folder / name).unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- training
+def training(out, steps, device="cpu", model="cdm"):
+    """Train on images whose grey is 20 times their label."""
+    config = dict(model=model, dataset="digits", width=8, batch=16, steps=steps, lr=0.01, seed=0)
+    y = torch.arange(64) % 10
+    return mnist.train(config, (20 * y).byte().view(-1, 1, 1, 1).repeat(1, 1, 8, 8), y, device, out)
+
+
+def test_the_rate_warms_up_then_falls_and_is_not_0_at_the_last_step_and_gradients_are_clipped(
+        monkeypatch, tmp_path):
+    rates, norms = [], []
+
+    def note(optimiser, *_):                                                      # before a step
+        (group,) = optimiser.param_groups
+        rates.append(group["lr"])
+        norms.append(torch.stack([p.grad.norm() for p in group["params"]]).norm().item())
+    monkeypatch.setattr(mnist, "W_CE", 100.0)                                     # large gradients
+    handle = register_optimizer_step_pre_hook(note)
+    training(tmp_path, 50)
+    handle.remove()
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True) and rates[2] > 0.0099
+    assert abs(rates[25] - 0.005) < 1e-5 and 0 < rates[49] < 1e-4 and abs(max(norms) - 2) < 1e-3
+
+
+def test_images_are_trained_on_with_their_labels_of_which_a_fifth_is_dropped(tmp_path):
+    with patch.object(mnist.DigitCDM, "losses", autospec=True, side_effect=CDM.losses) as losses:
+        training(tmp_path, 50)
+    calls = [(call.args[1], call.kwargs["y"]) for call in losses.call_args_list]
+    x0, y = (torch.cat(v) for v in zip(*calls))
+    kept = y != mnist.CLASSES
+    assert torch.equal(x0[kept, 0, 3, 3], mnist.to_x0(20 * y[kept]))
+    assert 0.77 < kept.float().mean() < 0.83
+    w_mse = losses.call_args.args[2]                     # an error counts more where it is smaller
+    assert w_mse[64] > 1 > w_mse[1]
+
+
+@pytest.mark.parametrize("w_ce", [0.0, 0.02])
+def test_one_step_trains_by_the_error_and_with_weight_w_ce_by_the_cross_entropy(w_ce, tmp_path):
+    with patch.object(mnist, "W_CE", w_ce):
+        mixture = training(tmp_path, 1).net.mixture
+    assert mixture.read.weight.any() and mixture.constant.weight.any() == (w_ce > 0)
+
+
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_training_and_sampling_stay_on_the_device(family, monkeypatch, tmp_path):
+    """On PyTorch's meta device tensors have no values; to mix them with the CPU's is an error."""
+    monkeypatch.setattr(mnist, "save", lambda path, **content: None)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
+    model, x = training(tmp_path, 2, "meta", family), torch.randn(3, 1, 8, 8, device="meta")
+    assert sample(model, x, 3, eta=1.0).is_meta and dpm_solver(model, x, 3).is_meta
+
+
+def test_a_second_run_in_a_folder_is_refused_during_the_first_and_after_it(tmp_path):
+    first = mnist.claim(tmp_path, resume=False)
+    with pytest.raises(SystemExit, match="another run is writing there"):
+        training(tmp_path, 1)
+    first.close()
+    training(tmp_path, 1)
+    with pytest.raises(SystemExit, match="already holds a run: add --resume"):
+        training(tmp_path, 1)
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(mnist, "W_CE", math.inf)
+    with pytest.raises(SystemExit, match="diverged"):
+        training(tmp_path, 3)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+# ------------------------------------------------------------------ the command lines, and README
+SMALL = dict(width=8, batch=8, steps=101, lr=0.01, one_pass=30, elbo=10, slow=5, fine=20,
+             samples=100)
+
+
+def run(script, *flags):
+    """What a script prints, with presets that are small."""
+    said, judge, few = io.StringIO(), partial(mnist.make_judge, steps=20), partial(sample, steps=2)
+    with patch.multiple(mnist, QUICK=SMALL, FULL=SMALL, make_judge=judge, sample=few), \
+            patch.object(sys, "argv", ["x.py", *map(str, flags)]), plt.rc_context(), \
+            contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            script.main()
+        except SystemExit as stop:
+            print(stop)
+    return said.getvalue()
+
+
+run_digits = partial(run, mnist, "--dataset", "digits", "--quick", "--device", "cpu")
+
+
+def save_then_stop(path, step=0, save=mnist.save, **content):
+    save(path, step=step, **content)
+    if step == 100:
+        raise KeyboardInterrupt                                                # as Ctrl-C does
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs and what they printed: a CDM's, one that was stopped and resumed, a DDM's,
+    and an evaluation of the first CDM twice and of the DDM, in files with difficult names."""
+    folder, said = tmp_path_factory.mktemp("my runs"), {}
+    with patch.object(mnist, "measure"):
+        said["whole"] = run_digits("--out", folder / "whole")
+        said["ddm"] = run_digits("--out", folder / "ddm", "--model", "ddm", "--steps", 2)
+        with patch.object(mnist, "save", save_then_stop):
+            said["stopped"] = run_digits("--out", folder / "resumed")
+        said["other flags"] = run_digits("--out", folder / "resumed", "--resume", "--batch", 32)
+        run_digits("--out", folder / "resumed", "--resume")
+    files = [folder / "$a_$b.pt", folder / "_x.pt", folder / "ddm/weights.pt"]
+    for file in files[:2]:
+        file.write_bytes((folder / "whole/weights.pt").read_bytes())
+    said["three"] = run_digits("--out", folder / "three", "--weights", *files)
+    return folder, said
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_exactly(runs):
+    whole, resumed = (torch.load(runs[0] / name / "model.pt") for name in ("whole", "resumed"))
+    assert_close((whole["model"], whole["optimiser"]), (resumed["model"], resumed["optimiser"]),
+                 rtol=0, atol=0)
+    logs = [(runs[0] / name / "log.csv").read_text("utf-8") for name in ("whole", "resumed")]
+    steps = [re.findall(r"^(\d+,[\d.]+,[\d.]+),[\d.]+$", log, re.M) for log in logs]
+    assert steps[0] == steps[1] and len(steps[0]) == 2                       # steps 100 and 101
+
+
+@pytest.mark.parametrize("which, pattern", [
+    ("whole", r"step    101 of 101   cross-entropy 0\.[0-6]\d+ \(.*\)   weighted MSE 0\.\d+"),
+    ("stopped", r"interrupted. If .*resumed.model.pt exists, --resume goes on from it"),
+    ("other flags", "model.pt was trained with .*, not .*: pass the original flags"),
+    ("three", r"\nCDM \S.*\$a_\$b.pt\n  one forward pass .* bits/dim,    30 images"),
+    ("three", r"\n\| real \(training\) digits +\| +\d(.|\n)*\| DDM, guidance 0.3 +\| +\d"),
+    ("three", r"\nDDM\n  ELBO .* bits/dim,    10 images.*\n  probability-flow ODE .* 5 images")])
+def test_the_screen_says(which, pattern, runs):
+    assert re.search(pattern, runs[1][which]), runs[1][which]
+
+
+def test_the_number_to_quote_is_one_pass_plus_log_z(runs):
+    one_pass, below, above, quoted, half = map(float, re.search(
+        r"pass +(.*?) (?:.|\n)*?log Z in (.*) \.\. (.*)\. The .*: (.*) \+- (.*)", runs[1]["three"]
+        ).groups())
+    assert abs(one_pass + (below + above) / 2 - quoted) < 0.002 and one_pass < 5
+    assert abs(abs(above - below) / 2 - half) < 0.002
+
+
+def test_models_meet_the_same_noise_and_all_figures_are_written_and_closed(runs):
+    for row in "pass +(.*) bits", "ELBO +(.*) bits", "in (.*) The", r"0.3 \|(.*?)\|", r"pt +\|(.*)":
+        first, second, *_ = re.findall(row, runs[1]["three"])
+        assert first == second
+    assert len(list((runs[0] / "three").glob("*.png"))) == 3 and not plt.get_fignums()
+
+
+@pytest.mark.parametrize("content", [None, dict(a=1), dict(config={}, model={}), "text"])
+@pytest.mark.parametrize("flags", ["--resume --out .", "--out x --weights model.pt"])
+def test_a_file_that_holds_no_model_is_named_and_is_kept(flags, content, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = Path("model.pt")
+    file.write_text("not a model" if content else "", "utf-8")
+    if isinstance(content, dict):
+        torch.save(content, file)
+    before = file.read_bytes()
+    assert "model.pt holds no model that can be used" in run_digits(*flags.split())
+    assert file.read_bytes() == before
+
+
+D = "--dataset digits --device cpu "
 
 
 @pytest.mark.parametrize("script, flags, why", [
-    (toy_2d, "-h", "--seeds"), (mnist, "-h", "--resume"), (mnist, "--width 10", "multiple of 4"),
-    (toy_2d, "--chasm --methods CDM", "not with --chasm"), (mnist, "", "MNIST cannot be read"),
-    (mnist, "--dataset digits --resume", "there is no .*model.pt"),
-    (mnist, "--dataset digits --weights absent.pt", "absent.pt holds no weights"),
-    (mnist, "--dataset digits --weights notes.pt", "notes.pt holds no weights"),
-    (mnist, "--dataset digits --weights other.pt", "no weights.*it is of .*mnist"),
-    (mnist, "--dataset digits --width 8 --batch 8", "diverged at step 1: ")])
-def test_what_cannot_go_on_says_why_in_ascii(script, flags, why, monkeypatch, capsys, tmp_path):
+    (toy_2d, "-h", "--seeds"), (toy_2d, "--chasm --methods CDM", "not with --chasm"),
+    (mnist, "-h", "--resume"), (mnist, "", "MNIST cannot be read"),
+    (mnist, "--width 10", "a multiple of 4"), (mnist, "--steps 0", "--steps, .* must be 1 or more"),
+    (mnist, "--seed 99999999999999", "--seed in 0"), (mnist, "--device foo", "--device foo: "),
+    (mnist, "--device cuda:99", "error: --device cuda:99: "),
+    (mnist, D + "--resume", "there is no .*model.pt"),
+    (mnist, D + "--weights absent.pt", "absent.pt holds no model"),
+    (mnist, D + "--weights mnist.pt", "mnist.pt .*was trained on another dataset"),
+    (mnist, D + "--out mnist.pt", "mnist.pt cannot be written"),
+    (mnist, D + "--out mnist.pt/below", "below cannot be written"),
+    (mnist, D + "--out mnist.pt --weights digits.pt", "mnist.pt cannot be written")])
+def test_what_cannot_go_on_says_why(script, flags, why, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["script", *flags.split()])
     monkeypatch.setattr(mnist, "URL", "file:///nowhere/")
-    monkeypatch.setattr(mnist, "W_CE", math.inf)
-    Path("notes.pt").write_text("not weights", "utf-8")
-    torch.save(dict(config=dict(dataset="mnist")), "other.pt")
-    with pytest.raises(SystemExit) as stop:
-        script.main()
-    assert re.search(why, f"{stop.value}{''.join(capsys.readouterr())}")
+    for dataset in mnist.SIZE:
+        config = dict(model="cdm", dataset=dataset, width=4)
+        mnist.save(f"{dataset}.pt", config=config, model=mnist.build(config).state_dict())
+    assert re.search(why, run(script, *flags.split()))
     assert not list(tmp_path.rglob("model.pt"))
-    assert all((HERE / f"{name}.py").read_bytes().isascii() for name in ("cdm", "toy_2d", "mnist"))
 
 
 def test_the_readme_names_files_and_flags_that_there_are():
@@ -613,8 +814,8 @@ def test_the_code_in_the_readme_runs_or_is_that_of_cdm(capsys):
     lines = {code(line) for line in (HERE / "cdm.py").read_text("utf-8").splitlines()}
     for block in re.findall(r"```python\n(.*?)```", README, re.S):
         if "import torch" in block:
-            exec(block, {})
+            exec(re.sub(r"\b2000\b", "500", block), {})                         # fewer steps
             found = float(re.search(r"-?[\d.]+", capsys.readouterr().out)[0])
-            assert abs(found - float(re.search(r"print.*# (-?[\d.]+)", block)[1])) < 0.05
+            assert abs(found - float(re.search(r"print.*# (-?[\d.]+)", block)[1])) < 0.6
         else:
             assert all(code(line) in lines for line in block.splitlines()), block

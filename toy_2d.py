@@ -1,52 +1,49 @@
-"""Density ratio estimation where the truth is known: CDM beside what came before it.
+"""Density-ratio estimation where the truth is known: CDM against its predecessors.
 
-    python toy_2d.py                seven methods on six densities in the plane, two minutes
-    python toy_2d.py --seeds 3      the same with mean and spread over three trainings
-    python toy_2d.py --chasm        up to 160 dimensions, where the older methods fail, five minutes
+    python toy_2d.py --tour         a picture of the idea: one network, four readings, 25 seconds
+    python toy_2d.py                seven methods on six 2-D densities, three minutes
+    python toy_2d.py --chasm        how soon is a ratio of 20 nats learned? Eight minutes
 
-Times are of two CPU cores. All methods train the same network on the same samples. They are
-noise-contrastive estimation (NCE), telescoping ratios (TRE), a classifier of noise levels with one
-of a CDM's two losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model."""
+Times are for two CPU cores. All methods train the same MLP on the same samples: noise-contrastive
+estimation (NCE), telescoping ratios (TRE), a noise-level classifier with one of the CDM's two
+losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model (DDM-ODE). CDM-ODE
+is the same trained CDM, with the density of its probability-flow ODE instead of one pass."""
 
 import argparse
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import make_moons, make_swiss_roll
+from matplotlib.figure import Figure
 from torch import nn
 
 from cdm import CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, uniform_schedule
 
-SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # neighbours are 0.4 apart: they overlap
+SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # log-SNR steps of 0.4: neighbours overlap
 HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25, 4.25]^2, 120 x 120
+IMAGE = dict(origin="lower", extent=[-HALF, HALF] * 2, interpolation="bilinear")     # for imshow
 
 # ------------------------------------------------------------------------------------- the truth
-
-
 class Oracle:
-    """A density that is known at every level (float64): CDM(oracle.logits, SCHEDULE) is exact.
-
+    """A density known exactly at every level (float64): CDM(oracle.logits, SCHEDULE) is exact.
     It is a mixture of squares of half-width `half` (points if 0), blurred by Gaussian noise `std`.
-    Noising scales the squares by alpha_t and blurs them more, so each level is such a mixture."""
+    Noising only scales the squares by alpha_t and blurs them more, so p_t is of the same form."""
 
-    def __init__(self, centres, std=0.0, half=0.0, weights=None, schedule=SCHEDULE):
+    def __init__(self, centres, std=0.0, half=0.0, schedule=SCHEDULE):
         self.centres, self.std, self.half, self.schedule = centres.double(), std, half, schedule
-        self.weights = torch.ones(len(centres)) if weights is None else torch.tensor(weights)
-        self.weights = (self.weights / self.weights.sum()).double()
 
     def sample(self, n, t=0):
-        """n draws from p_t: (n, 2)."""
-        centre = self.centres[torch.multinomial(self.weights, n, replacement=True)]
+        """n samples from p_t: (n, 2)."""
+        centre = self.centres[torch.randint(len(self.centres), (n,))]
         x0 = centre + self.half * (2 * torch.rand(n, 2) - 1) + self.std * torch.randn(n, 2)
         return self.schedule.alpha[t] * x0 + self.schedule.sigma[t] * torch.randn(n, 2)
 
@@ -61,10 +58,10 @@ class Oracle:
             high = torch.special.log_ndtr((half - gap) / std)
             low = torch.special.log_ndtr((-half - gap) / std)
             log_bump = high + torch.log(-torch.expm1(low - high)) - math.log(2 * half)
-        return (log_bump.sum(2) + self.weights.log()).logsumexp(1)
+        return log_bump.sum(2).logsumexp(1) - math.log(len(self.centres))
 
     def logits(self, x):
-        """The logits of the exact classifier are log p_t(x) of every level t, (B, T+2)."""
+        """Logits of the exact classifier: log p_t(x) at every level t, (B, T+2)."""
         return torch.stack([self.log_prob(x, t) for t in range(len(self.schedule.alpha))], 1)
 
 
@@ -72,22 +69,20 @@ def eight_gaussians():
     angle = torch.arange(8) * math.pi / 4
     return Oracle(math.sqrt(2) * torch.stack([angle.cos(), angle.sin()], 1), std=0.1)
 
-
 def checkerboard():
     corner = torch.tensor([(i, j) for i in range(4) for j in range(4) if (i + j) % 2])
     return Oracle((corner - 1.5) * 0.85, half=0.425)
 
-
 def two_moons():
-    centres = torch.from_numpy(make_moons(200, shuffle=False)[0])
+    angle = torch.linspace(0, math.pi, 100)
+    upper = torch.stack([angle.cos(), angle.sin()], 1)
+    centres = torch.cat([upper, torch.tensor([1.0, 0.5]) - upper])
     return Oracle((centres - centres.mean(0)) / centres.std(0), std=0.1)
-
 
 def swiss_roll():
-    points, along = make_swiss_roll(4000, random_state=0)
-    centres = torch.from_numpy(points[along.argsort()[5::10]][:, [0, 2]])   # 400, evenly spaced
+    angle = 1.5 * math.pi * torch.linspace(1, 3, 400)
+    centres = angle[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     return Oracle((centres - centres.mean(0)) / centres.std(0), std=0.1)
-
 
 def pinwheel():
     along = torch.special.ndtri((torch.arange(40) + 0.5) / 40)           # quantiles of N(0, 1)
@@ -96,27 +91,26 @@ def pinwheel():
     centres = torch.stack([radius * angle.cos(), radius * angle.sin()], 2).view(-1, 2)
     return Oracle(centres / centres.std(0), std=0.1)
 
-
 def two_modes():
-    """Too far apart for a gradient to relate them: which methods get the weights right?"""
-    return Oracle(torch.tensor([(-1.2, 0.0), (1.2, 0.0)]), std=0.15, weights=[0.9, 0.1])
+    """Modes too far apart for gradients to connect: which methods get their weights right?"""
+    return Oracle(torch.tensor([(-1.2, 0.0)] * 9 + [(1.2, 0.0)]), std=0.15)
 
-
-# To add your own, write a function that returns an Oracle, its centres about 1 from 0, and list it.
+# To add your own: write a function that returns an Oracle (centres about 1 from 0), and list it.
 DATASETS = {f.__name__: f for f in (eight_gaussians, checkerboard, two_moons, swiss_roll, pinwheel,
                                     two_modes)}
 
 # ------------------------------------------------------------------------------------ the methods
+# A method: the network to train, a scalar loss(x0), and log_prob(x) in nats, (B,).
+Method = namedtuple("Method", "net loss log_prob")
 
 
 class MLP(nn.Module):
-    """It maps points (B, d), for some methods with a time (B,) in 0 .. 1, to (B, outputs). It sees
-    sines and cosines of its inputs too, because a plain MLP is too smooth for the plane."""
+    """An MLP from points (B, d), for some methods with a time (B,) in 0 .. 1, to (B, outputs). Its
+    inputs include sines and cosines, because a plain MLP is too smooth for these densities."""
 
     def __init__(self, inputs, outputs, width=96, layers=4, frequencies=32):
         super().__init__()
-        steps = torch.arange(1, frequencies + 1) / max(frequencies, 1)
-        self.register_buffer("frequencies", 2 * math.pi * steps)
+        self.register_buffer("frequencies", torch.arange(1, frequencies + 1) * 2 * math.pi / 32)
         hidden = [nn.Linear(inputs + 2 * frequencies * inputs, width), nn.SiLU()]
         for _ in range(layers - 1):
             hidden += [nn.Linear(width, width), nn.SiLU()]
@@ -129,50 +123,42 @@ class MLP(nn.Module):
         return self.net(torch.cat([x, phase.sin(), phase.cos()], 1))
 
 
-# A method is a network to train, its loss(x0), a scalar, and its log_prob(x) in nats, (B,).
-Method = namedtuple("Method", "net loss log_prob")
-
-
 def tre(make, schedule, bridges=9):
-    """Telescoping ratios (Rhodes et al. 2020): a binary classifier for each pair of neighbours in a
-    chain from data to N(0, I), sigma_k = k/bridges. A pair shares x0 and eps: much less noise. With
-    one bridge this is noise-contrastive estimation (Gutmann, Hyvarinen 2010): data or N(0, I)?"""
+    """Telescoping ratios (Rhodes et al. 2020): one binary classifier per step of a chain from data
+    to N(0, I), sigma_k = k/bridges. The two sides share x0 and eps, which greatly reduces variance.
+    With one bridge: noise-contrastive estimation (Gutmann, Hyvarinen 2010), data or N(0, I)?"""
     alpha, sigma = (v.float() for v in uniform_schedule(bridges - 1))
     net = make(bridges)                                            # h_k(x) = log p_k / p_{k+1}
-
     def loss(x0):
         k, eps = torch.randint(bridges, (len(x0), 1)), torch.randn_like(x0)
         near = net(alpha[k] * x0 + sigma[k] * eps).gather(1, k)
         far = net(alpha[k + 1] * x0 + sigma[k + 1] * eps).gather(1, k)
-        return F.softplus(-near).mean() + F.softplus(far).mean()
+        return nn.functional.softplus(-near).mean() + nn.functional.softplus(far).mean()
 
     return Method(net, loss, lambda x: net(x).sum(1) + log_normal(x))
 
 
-def classifier(make, schedule, w_ce, w_mse, t=0):
-    """One classifier of all levels: CE alone is by Yair, Michaeli 2022; a CDM has both losses."""
+def classifier(make, schedule, w_ce=1.0, w_mse=None, with_mse=True, t=0):
+    """One classifier over all levels: CE alone is Yair, Michaeli 2022; a CDM uses both losses."""
     model = CDM(make(len(schedule.alpha)), schedule)
-
     def loss(x0):
         ce, mse = model.losses(x0, w_mse)
-        return w_ce * ce + mse
+        return w_ce * ce + mse if with_mse else ce
 
     return Method(model, loss, lambda x: model.log_prob(x, t))
 
 
 def time_score(make, schedule, points=40):
-    """DRE-infinity (Choi et al. 2022): regress s = d log p_a / da for x = cos(a) x0 + sin(a) eps, a
-    from 0 (data) to pi/2, then integrate it. The target (Yu et al. 2025), times sigma = sin(a) to
-    keep its variance bounded, is the same derivative of log p_a(x given x0)."""
+    """DRE-infinity (Choi et al. 2022): for x = cos(a) x0 + sin(a) eps, regress s = d log p_a / da,
+    then integrate it from a = 0 (data) to pi/2. The target (Yu et al. 2025) is the same derivative
+    of log p_a(x | x0), multiplied by sigma = sin(a) to keep its variance bounded."""
     net = make(1, timed=True)
-
     def loss(x0):
         time = (torch.arange(len(x0)) + torch.rand(())) / len(x0)
         angle = time[:, None] * math.pi / 2
-        alpha, sigma = angle.cos(), angle.sin()
-        eps = torch.randn_like(x0)
+        alpha, sigma, eps = angle.cos(), angle.sin(), torch.randn_like(x0)
         target = (alpha * (eps ** 2 - 1) - sigma * eps * x0).sum(1)
-        return F.mse_loss(sigma[:, 0] * net(alpha * x0 + sigma * eps, time)[:, 0], target)
+        return (sigma[:, 0] * net(alpha * x0 + sigma * eps, time)[:, 0] - target).square().mean()
 
     def log_prob(x):                                                      # by the midpoint rule
         times = (torch.arange(points) + 0.5) / points
@@ -183,33 +169,41 @@ def time_score(make, schedule, points=40):
 
 
 def ddm(make, schedule):
-    """A denoising diffusion model (Ho et al. 2020): log p by the probability-flow ODE."""
+    """A denoising diffusion model (Ho et al. 2020), with log p from the probability-flow ODE."""
     net, T = make(2, timed=True), len(schedule.alpha) - 2
     model = DDM(lambda xt, t: net(xt, t / T), schedule)
     return Method(net, lambda x0: model.losses(x0)[1], lambda x: ode_log_prob(model, x))
 
 
-# The denoising error at little noise is what makes a density sharp, so it counts more there.
-W_MSE = 1 / (SCHEDULE.sigma ** 2 + 0.05)
-W_MSE = (W_MSE / W_MSE.mean()).float()
-# MSE teaches nothing at level 0, and the ODE ends at level 1. For these two log p_1 stands in for
-# log p_0, as sigma_1 = 0.0067 is little beside 0.1, the finest detail of the densities.
-METHODS = {"NCE": partial(tre, bridges=1), "TRE": tre,
-           "CE": partial(classifier, w_ce=1.0, w_mse=0.0),
-           "MSE": partial(classifier, w_ce=0.0, w_mse=W_MSE, t=1), "time-score": time_score,
-           "CDM": partial(classifier, w_ce=1.0, w_mse=W_MSE), "DDM-ODE": ddm}
+# Sharp densities need an accurate denoiser at low noise, so the error there gets more weight.
+W_MSE = (0.1073 / (SCHEDULE.sigma ** 2 + 0.05)).float()             # 0.1073 makes their mean 1
+# MSE learns nothing at level 0, and an ODE ends at level 1, so these report log p_1 in place of
+# log p_0: sigma_1 = 0.0067 is negligible next to 0.1, the finest detail of these densities.
+METHODS = {"CDM": partial(classifier, w_mse=W_MSE), "DDM-ODE": ddm, "time-score": time_score,
+           "MSE": partial(classifier, w_ce=0.0, w_mse=W_MSE, t=1),
+           "CE": partial(classifier, with_mse=False), "TRE": tre, "NCE": partial(tre, bridges=1)}
 
 
 def train(method, draw, steps, lr=5e-3):
-    """Let Adam take `steps` batches draw(), at a rate that warms up and then decays as a cosine."""
-    torch.set_num_threads(1)             # small tensors: two trainings side by side are faster
+    """Train with Adam on `steps` batches from draw(), with a short warm-up and cosine decay."""
     optimiser = torch.optim.Adam(method.net.parameters())
-    for step in range(1, steps + 1):
-        rate = min(20 * step / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    for step in range(steps):
+        rate = min(20 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         optimiser.param_groups[0]["lr"] = lr * rate
         optimiser.zero_grad()
         method.loss(draw()).backward()
         optimiser.step()
+
+
+# -------------------------------------------------------------------------------------- the plane
+def fit(dataset, name, steps, seed):
+    """Train one method on 200000 points of one 2-D density; return its oracle and the method."""
+    torch.manual_seed(seed)
+    oracle = DATASETS[dataset]()
+    x0 = oracle.sample(200_000).float()
+    method = METHODS[name](lambda outputs, timed=False: MLP(2 + timed, outputs), SCHEDULE)
+    train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
+    return oracle, method
 
 
 def grid():
@@ -220,98 +214,125 @@ def grid():
 
 @torch.no_grad()
 def evaluate(log_prob, oracle):
-    """How far is a density q from the truth p? All in nats, by sums over the grid.
-
-    KL_raw = E_data[log p - log q] takes q as the model states it, and may be negative if q does not
-    integrate to Z = 1; KL = KL_raw + log Z is the honest number. heavy_mode is the share of q where
-    two_modes has 0.9. Returns these, log p, and log q - log Z. ValueError if p leaves the grid."""
+    """KL divergence from the truth p to a model q, in nats, as a sum over the grid.
+    KL_raw = E_p[log p - log q] takes q at face value, and can be negative if q does not integrate
+    to Z = 1; KL = KL_raw + log Z is the honest number. Returns these, log p, and log q - log Z."""
     points, log_cell = grid(), 2 * math.log(2 * HALF / CELLS)
     log_q = torch.cat([log_prob(x.float()) for x in points.split(1600)]).double()
     log_p = torch.cat([oracle.log_prob(x) for x in points.split(3000)])
     if log_p.logsumexp(0) + log_cell < math.log(0.99):
-        raise ValueError(f"over 1 % of the density lies outside +-{HALF}: shrink it")
+        raise ValueError(f"over 1 % of the density lies outside +-{HALF}: scale it down")
     kl_raw = (log_p.softmax(0) * (log_p - log_q)).sum().item()
     log_z = (log_q.logsumexp(0) + log_cell).item()
-    heavy_mode = log_q.softmax(0)[points[:, 0] < 0].sum().item()
-    row = dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw, heavy_mode=heavy_mode)
-    return row, log_p, log_q - log_z
+    return dict(KL=kl_raw + log_z, log_Z=log_z, KL_raw=kl_raw), log_p, log_q - log_z
 
 
 def run(dataset, name, steps, seed):
-    """One training in the plane gives a row of numbers, and pictures: titles and arrays."""
-    torch.manual_seed(seed)
-    oracle = DATASETS[dataset]()
-    x0 = oracle.sample(200_000).float()
-    method = METHODS[name](lambda outputs, timed=False: MLP(2 + timed, outputs), SCHEDULE)
-    train(method, lambda: x0[torch.randint(len(x0), (512,))], steps)
-    row, log_p, log_q = evaluate(method.log_prob, oracle)
-    pictures = {"truth": log_p.numpy(), name: log_q.numpy()}
+    """Train one method on one 2-D density. Returns rows of numbers, and pictures by title. A CDM
+    gives two rows: its one pass, and the density of the same network's probability-flow ODE."""
+    oracle, method = fit(dataset, name, steps, seed)
+    readings, rows, pictures = {name: method.log_prob}, [], {"truth": None}
     if name == "CDM":
-        pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), None, "ddpm").numpy()
-    return dict(dataset=dataset, method=name, seed=seed, **row), pictures
+        pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), eta=1.0).numpy()
+        readings["CDM-ODE"] = partial(ode_log_prob, method.net)
+    for reading, log_prob in readings.items():
+        numbers, log_p, log_q = evaluate(log_prob, oracle)
+        if dataset == "two_modes":                           # the mass of the left mode: 0.9 in p
+            numbers["heavy_mode"] = log_q.softmax(0)[grid()[:, 0] < 0].sum().item()
+        rows.append(dict(dataset=dataset, method=reading, seed=seed, **numbers))
+        pictures["truth"] = log_p.view(CELLS, CELLS).T.numpy()
+        pictures[reading] = log_q.view(CELLS, CELLS).T.numpy()
+    return rows, pictures
+
+
+def tour(steps, file, t=20):
+    """Train a CDM on two moons and draw four readings of its logits, the third at level t."""
+    model, points = fit("two_moons", "CDM", steps, seed=0)[1].net, grid().float()
+    starts = points.view(CELLS, CELLS, 2)[::6, ::6].reshape(-1, 2)
+    with torch.no_grad():
+        level = (model.net(points).softmax(1) * torch.arange(model.T + 2)).sum(1)        # E[t | x]
+        density, blurred = model.log_prob(points).exp(), model.log_prob(points, t).exp()
+        level, density, blurred = (v.view(CELLS, CELLS).T for v in (level, density, blurred))
+        arrows = model.denoise(starts, t) - starts
+        path = [torch.randn(400, 2)]
+        for s in range(model.T, 0, -1):                       # DDIM: the same noise, but less of it
+            x0_hat, eps_hat = model.denoise(path[-1], s), model.predict_noise(path[-1], s)
+            path.append(model.add_noise(x0_hat, s - 1, eps_hat))
+    fig = Figure(figsize=(14, 4.6), layout="constrained")
+    fig.suptitle("One network, trained to see how noisy x is: four readings of its logits $l_t$\n")
+    a, b, c, d = axes = fig.subplots(1, 4)
+    a.set_title("1. A classifier: how noisy is x?\n$p(t\\,|\\,x) = $softmax$\\ l(x)$")
+    bar = fig.colorbar(a.imshow(level, **IMAGE), ax=a, location="bottom", shrink=0.7)
+    bar.set_ticks([level.min(), level.max()], labels=["low noise", "high noise"])
+    b.set_title("2. A density, from two logits\n$\\log p_0 = l_0 - l_{T+1} + \\log N(x; 0, I)$")
+    b.imshow(density, "Blues", **IMAGE)
+    c.set_title("3. A denoiser, from gradients\n$\\hat\\epsilon=\\sigma_t(x-\\nabla[l_t-l_{T+1}])$")
+    c.set_xlabel("from noisy x to the expected clean point")
+    c.imshow(blurred, "Blues", **IMAGE)
+    c.quiver(*starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color="C3")
+    d.set_title("4. A sampler: denoise step by step\n$x_T, x_{T-1}, \\ldots, x_0$")
+    d.plot(*torch.stack(path)[:, :80].unbind(2), color="grey", linewidth=0.5, alpha=0.6)
+    d.plot(*path[0].T, "C1o", markersize=2, label="noise")
+    d.plot(*path[-1].T, "C0o", markersize=2, label="samples")
+    d.legend(loc="upper right")
+    for ax in axes:
+        ax.set(xlim=(-2.8, 2.8), ylim=(-2.8, 2.8), xticks=[], yticks=[], aspect="equal")
+    fig.savefig(file, dpi=90, bbox_inches="tight")
 
 
 # ------------------------------------------------------------------------------ the density chasm
-
-DIMENSIONS = (20, 40, 80, 160)
-CHASM = {name: METHODS[name] for name in ("NCE", "TRE", "CE", "time-score")}
-CHASM["CDM"] = partial(classifier, w_ce=0.01, w_mse=1.0)                  # the MSE must lead here
-
-
-class CorrelatedPairs:
-    """N(0, S) in d dimensions, S = 1 but for correlation RHO within pairs of numbers: an oracle.
-    The mean of its log-ratio to N(0, I), the KL divergence of the two, is d/4 nats."""
-    RHO, schedule = 0.79506, log_snr_schedule(T=40, first=7, last=-6)
-
-    def __init__(self, d):
-        self.d = d
-
-    def sample(self, n, t=0):
-        first, second = torch.randn(2, n, self.d // 2)
-        x0 = torch.cat([first, self.RHO * first + math.sqrt(1 - self.RHO ** 2) * second], 1)
-        return self.schedule.alpha[t] * x0 + self.schedule.sigma[t] * torch.randn(n, self.d)
-
-    def logits(self, x):
-        """log p_t(x): a pair's sum and difference are independent, of variance 1 +- r."""
-        a, b = x.double().chunk(2, 1)
-        u, v = ((a + b) ** 2 / 2).sum(1, keepdim=True), ((a - b) ** 2 / 2).sum(1, keepdim=True)
-        r = self.schedule.alpha ** 2 * self.RHO                                          # (T+2,)
-        return -(u / (1 + r) + v / (1 - r) + self.d / 2 * torch.log(1 - r * r)) / 2
+DIMENSIONS = 80
+CHASM = {"CDM": partial(classifier, w_ce=0.01)}                       # the MSE must dominate here
+CHASM.update({name: METHODS[name] for name in ("TRE", "CE", "NCE", "time-score")})
 
 
-def chasm_run(d, name, steps, seed):
-    """Train a plain MLP on correlated pairs; measure on 5000 new samples, in nats. The row has the
-    mean log-ratio to N(0, I) and the rms error of one; the list, for a classifier, the mean of
-    log p_t(x) / p_0(x) at every level t, (T+2,): exact and learned."""
-    torch.manual_seed(seed)
-    oracle = CorrelatedPairs(d)
-    method = CHASM[name](lambda outputs, timed=False: MLP(d + timed, outputs, 256, 3, 0),
-                         oracle.schedule)
-    train(method, lambda: oracle.sample(256).float(), steps, lr=2e-3)
-    x = oracle.sample(5000).float()
-    with torch.no_grad():
-        exact, estimate = oracle.logits(x), method.log_prob(x) - log_normal(x)
-        logits = [exact, method.net.net(x)] if isinstance(method.net, CDM) else []
-    error = estimate - (exact[:, 0] - exact[:, -1])
-    row = dict(d=d, method=name, seed=seed, true=d / 4, estimated=estimate.mean().item(),
-               rms=error.square().mean().sqrt().item())
-    return row, [(l - l[:, :1]).mean(0).numpy() for l in logits]
+def correlated_pairs(d):
+    """N(0, S) with unit variances, correlated in pairs so that the mean log-ratio to N(0, I), which
+    is the KL divergence between the two, is d/4 nats."""
+    covariance = torch.kron(torch.tensor([[1, 0.79506], [0.79506, 1]]), torch.eye(d // 2))
+    return torch.distributions.MultivariateNormal(torch.zeros(d), covariance)
+
+
+def chasm_run(name, budgets, seed):
+    """Train a plain MLP for each number of steps in `budgets`, and test it on 5000 new samples. The
+    rows have the estimated mean log-ratio and the rms error per sample, both in nats."""
+    data, schedule, rows = correlated_pairs(DIMENSIONS), log_snr_schedule(40, 7, -6), []
+    make = lambda outputs, timed=False: MLP(DIMENSIONS + timed, outputs, 128, 3, frequencies=0)
+    for steps in budgets:
+        torch.manual_seed(seed)
+        method = CHASM[name](make, schedule)
+        train(method, lambda: torch.randn(256, DIMENSIONS) @ data.scale_tril.T, steps, lr=2e-3)
+        x = data.sample((5000,))
+        with torch.no_grad():
+            estimate, exact = method.log_prob(x) - log_normal(x), data.log_prob(x) - log_normal(x)
+        rows.append(dict(method=name, steps=steps, seed=seed, estimate=estimate.mean().item(),
+                         rms_error=(estimate - exact).square().mean().sqrt().item()))
+    return rows
 
 
 # ------------------------------------------------------------------- processes, tables, figures
+def start_worker():
+    """Prepare a worker process: it ends when its parent does, however that ended."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for the parent
+    torch.set_num_threads(1)                    # tensors are small, so parallel runs beat threads
 
 
 def in_parallel(jobs):
-    """The results of all jobs (function, *arguments), in order, by a process for each core. If one
-    of them fails, or at Ctrl-C, the others are ended too."""
-    start, ignore = time.time(), (signal.SIGINT, signal.SIG_IGN)    # only this process sees Ctrl-C
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore) as pool:
+    """Run jobs (function, *arguments), one process per usable core, and return their results in
+    order. If one fails, or on Ctrl-C, the others are terminated too."""
+    start = time.time()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    with ProcessPoolExecutor(cores, initializer=start_worker) as pool:
         futures = [pool.submit(*job) for job in jobs]
         try:
             for done, future in enumerate(as_completed(futures), 1):
                 future.result()
                 left = (time.time() - start) / done * (len(jobs) - done)
-                print(f"{done:4} of {len(jobs)} trainings, {left:4.0f} s left", flush=True)
+                print(f"{done:4} of {len(jobs)} jobs, {left:4.0f} s left", flush=True)
         except BaseException as error:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -319,111 +340,110 @@ def in_parallel(jobs):
     return [future.result() for future in futures]
 
 
-def table(path, rows, seeds, digits):
-    """Save rows as CSV; print a Markdown table with a line for `seeds` neighbours, which differ by
-    seed alone: the mean of each number and, if it depends on the seed, its standard deviation."""
-    np.savetxt(path, [[str(v) for v in row.values()] for row in rows], fmt="%s", delimiter=",",
-               header=",".join(rows[0]), comments="", encoding="utf-8")
-    what, method, _, *keys = rows[0]                  # dataset or d, method, seed, the numbers
-    lines = [[what, method, *keys]]
-    for i in range(0, len(rows), seeds):
-        lines.append([str(rows[i][what]), rows[i][method]])
-        for key in keys:
-            values = np.array([row[key] for row in rows[i:i + seeds]])
-            spread = f" +- {values.std(ddof=1):.{digits}f}" if np.ptp(values) > 0 else ""
-            lines[-1].append(f"{values.mean():.{digits}f}{spread}")
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
+def table(path, rows, digits):
+    """Save rows, each with two names, a seed and numbers, as CSV. Print a Markdown table with one
+    line per pair of names: the means over seeds and, where they vary, the standard deviations."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    np.savetxt(path, [[str(row.get(key, "")) for key in keys] for row in rows], fmt="%s",
+               delimiter=",", header=",".join(keys), comments="", encoding="utf-8")
+    lines = [keys[:2] + keys[3:], ["-" * 17] * (len(keys) - 1)]
+    for names in dict.fromkeys((row[keys[0]], row[keys[1]]) for row in rows):
+        group = [row for row in rows if (row[keys[0]], row[keys[1]]) == names]
+        lines.append([str(name) for name in names])
+        for key in keys[3:]:
+            values = np.array([row[key] for row in group if key in row])
+            cell = f"{values.mean():.{digits}f}" if len(values) else ""
+            spread = f" +- {values.std(ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+            lines[-1].append(cell + spread)
     for line in lines:
-        print("| " + " | ".join(f"{c:{w}}" for c, w in zip(line, widths)) + " |")
+        print("| " + " | ".join(f"{cell:17}" for cell in line) + " |")
 
 
-def plane_figure(results, path):
-    """Draw a row for each dataset: the square roots of densities, and samples (n, 2)."""
-    pictures = {}
-    for row, found in results:                                          # of several seeds the last
-        pictures.setdefault(row["dataset"], {}).update(found)
-    columns = max(map(len, pictures.values()))
-    fig, axes = plt.subplots(len(pictures), columns, squeeze=False, layout="constrained",
-                             figsize=(1.2 * columns, 1.2 * len(pictures) + 0.5))
-    fig.suptitle("Each density is drawn\nas its square root.", fontsize=10)
+def plane_figure(results, path, hidden):
+    """Draw per dataset the true density, samples of the CDM, and how far each method is off."""
+    pictures, limit = {}, math.log(3)
+    for rows, found in results:                                             # the last seed wins
+        pictures.setdefault(rows[0]["dataset"], {}).update(found)
+    titles = [title for title in next(iter(pictures.values())) if title not in hidden]
+    fig = Figure((1.3 * len(titles), 1.3 * len(pictures) + 1), layout="constrained")
+    axes = fig.subplots(len(pictures), len(titles), squeeze=False)
     for row, (dataset, found) in zip(axes, pictures.items()):
-        row[0].set_ylabel(dataset.replace("_", " "), fontsize=10)
-        for ax, (title, picture) in zip(row, found.items()):
+        row[0].set_ylabel(dataset.replace("_", " "))
+        log_p = found["truth"]
+        image = row[0].imshow(np.exp(log_p / 2), "Greys", **IMAGE)
+        for ax, title in zip(row, titles):
             ax.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
-            ax.set_title(title if ax in axes[0] else "", fontsize=10)
-            if picture.ndim == 2:
-                ax.scatter(*picture.T, s=0.5, color="C0", linewidth=0)
-            else:
-                ax.imshow(np.exp(picture / 2).reshape(CELLS, CELLS).T, origin="lower", cmap="Blues",
-                          extent=[-HALF, HALF] * 2, vmin=0, vmax=np.exp(found["truth"].max() / 2))
-    fig.savefig(path, dpi=120)
+            ax.set_title(title if ax in axes[0] else "")
+            if title == "CDM samples":
+                ax.plot(*found[title].T, "k.", markersize=0.7)
+            elif title != "truth":
+                log_q = found[title]
+                nothing = np.maximum(log_p, log_q) < log_p.max() - math.log(50)
+                ratio = np.where(nothing, np.nan, log_q - log_p)
+                image = ax.imshow(ratio, "RdBu_r", vmin=-limit, vmax=limit, **IMAGE)
+    bar = fig.colorbar(image, ax=axes, location="bottom", aspect=60, shrink=0.6, extend="both")
+    bar.set_ticks([-limit, 0, limit], labels=["a third of true density", "right", "three times"])
+    fig.savefig(path, dpi=110, bbox_inches="tight")
 
 
-def chasm_figure(results, path):
-    """Draw the estimated against the true mean log-ratio, and beside it what the classifiers make
-    of clean points at every level, in the last of DIMENSIONS."""
-    true = np.array(DIMENSIONS) / 4
-    estimated = np.array([row["estimated"] for row, _ in results])
-    estimated = estimated.reshape(len(true), len(CHASM), -1)          # (dimensions, methods, seeds)
-    curves = {row["method"]: curve for row, curve in results}            # the last one remains
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+def chasm_figure(rows, path):
+    """Draw the estimated mean log-ratio against the number of training steps."""
+    ax = Figure((8, 4.4), layout="constrained").subplots()
+    budgets = sorted({row["steps"] for row in rows})
     for i, name in enumerate(CHASM):
-        left.plot(true, estimated[:, i].mean(1), color=f"C{i}", label=name)
-        left.plot(true, estimated[:, i], "o", markersize=4, color=f"C{i}")
-        if curves[name]:
-            exact, learned = curves[name]
-            right.plot(learned, color=f"C{i}")
-    left.plot(true, true, "k--", linewidth=1, label="exact")
-    right.plot(exact, "k--", linewidth=1)
-    left.set(title="mean log-ratio of data to noise, nats", ylabel="estimated",
-             xlabel="true: the number of dimensions / 4 (a dot for each training)")
-    right.set(title=f"mean over clean points x in {DIMENSIONS[-1]} dimensions, nats",
-              xlabel=f"level t: 0 is clean, {len(exact) - 1} noise", ylabel="log $p_t(x) / p_0(x)$")
-    fig.legend(loc="outside lower center", ncols=6)
-    fig.savefig(path, dpi=120)
+        estimates = [[row["estimate"] for row in rows if (row["method"], row["steps"]) == (name, n)]
+                     for n in budgets]                                            # (budgets, seeds)
+        ax.plot(budgets, estimates, "o", color=f"C{i}", markersize=3)
+        ax.plot(budgets, np.mean(estimates, 1), color=f"C{i}", label=name)
+    ax.axhline(DIMENSIONS / 4, color="black", linestyle="--", linewidth=1, label="truth")
+    ax.set(xscale="log", xticks=budgets, xticklabels=budgets, ylabel="mean log-ratio, nats",
+           xlabel="training steps (one dot per run, with a learning rate that decays to zero)",
+           title=f"Data against noise in {DIMENSIONS} dimensions: how soon is the ratio right?")
+    ax.set_xticks([], minor=True)
+    ax.figure.legend(loc="outside right center")
+    ax.figure.savefig(path, dpi=110)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
+    add("--tour", action="store_true", help="draw what one network contains, on two moons")
+    add("--chasm", action="store_true", help=f"correlated Gaussian pairs, {DIMENSIONS} dimensions")
     add("--datasets", nargs="+", choices=DATASETS, metavar="NAME", help=" ".join(DATASETS))
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=" ".join(METHODS))
-    add("--chasm", action="store_true", help="correlated Gaussian pairs in 20 to 160 dimensions")
-    add("--steps", type=int, default=1000, help="steps of a training (%(default)s)")
-    add("--seeds", type=int, help="trainings of each, seeds 0, 1, .. (1; with --chasm 3)")
-    add("--out", type=Path, default=Path("runs/toy_2d"), help="folder for results (%(default)s)")
+    add("--steps", type=int, help="training steps (1000; --tour 2000; --chasm 8000 and fewer)")
+    add("--seeds", type=int, help="runs per setting, seeds 0, 1, .. (1; --chasm 3)")
+    add("--out", type=Path, default=Path("runs/toy_2d"), help="output folder (%(default)s)")
     args = p.parse_args()
-    seeds = (3 if args.chasm else 1) if args.seeds is None else args.seeds
-    if args.chasm and (args.datasets or args.methods):
-        p.error("--datasets and --methods choose from the plane: not with --chasm")
-    if args.steps < 1 or seeds < 1:
-        p.error("--steps and --seeds must be 1 or more")
-    csv = args.out / ("chasm.csv" if args.chasm else "toy_2d.csv")
+    name = "tour" if args.tour else "chasm" if args.chasm else "toy_2d"
+    steps = dict(tour=2000, chasm=8000, toy_2d=1000)[name] if args.steps is None else args.steps
+    seeds = dict(tour=1, chasm=3, toy_2d=1)[name] if args.seeds is None else args.seeds
+    if args.tour + args.chasm + bool(args.datasets or args.methods) > 1:
+        p.error("--tour and --chasm go neither together nor with --datasets or --methods")
+    if not (1 <= steps <= 10 ** 6 and 1 <= seeds <= 100):
+        p.error("--steps must be in 1 .. 1000000, and --seeds in 1 .. 100")
+    start, figure, csv = time.time(), args.out / f"{name}.png", args.out / f"{name}.csv"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        csv.open("a").close()
+        figure.open("a").close()
     except OSError as error:
-        p.error(f"--out: {csv} cannot be written: {error.strerror}")
-    if args.chasm:
-        what, sets, methods = "correlated pairs in dimensions", DIMENSIONS, CHASM
-        job, figure, digits = chasm_run, chasm_figure, 2
-        note = "true and estimated: the mean log-ratio; rms: the error of one log-ratio"
+        p.error(f"--out: {figure} cannot be written: {error.strerror}")
+    if args.tour:
+        in_parallel([(tour, steps, figure)])
+    elif args.chasm:
+        budgets = sorted({max(1, steps >> k) for k in range(6)})       # steps, steps / 2, .., / 32
+        jobs = [(chasm_run, m, budgets, s) for s in range(seeds) for m in CHASM]
+        rows = sum(in_parallel(jobs), [])
+        table(csv, rows, 2)
+        chasm_figure(rows, figure)
     else:
-        what, sets = "the densities", dict.fromkeys(args.datasets or DATASETS)   # each name once
-        methods = dict.fromkeys(args.methods or METHODS)
-        job, figure, digits = run, plane_figure, 4
-        note = "KL = KL_raw + log_Z. heavy_mode: the share of the left half, 0.9 in two_modes"
-    start = time.time()
-    jobs = [(job, d, m, args.steps, s) for d in sets for m in methods for s in range(seeds)]
-    rounds = math.ceil(len(jobs) / multiprocessing.cpu_count())
-    seconds = (1.5 + 0.005 * args.steps) * rounds
-    print(f"{', '.join(methods)} learn {what} {', '.join(map(str, sets))} in {args.steps} steps.\n"
-          f"{len(jobs)} trainings, {seeds} of each, take roughly {seconds:.0f} s", flush=True)
-    results = in_parallel(jobs)
-    table(csv, [row for row, _ in results], seeds, digits)
-    figure(results, csv.with_suffix(".png"))
-    print(f"In nats. {note}.\n{time.time() - start:.0f} s; numbers and figure in {args.out}")
+        sets, methods = args.datasets or DATASETS, args.methods or METHODS
+        jobs = [(run, d, m, steps, s) for d in sets for m in methods for s in range(seeds)]
+        results = in_parallel(dict.fromkeys(jobs))                                # each job once
+        table(csv, [row for rows, _ in results for row in rows], 4)
+        print("KL = KL_raw + log_Z; heavy_mode is the mass of the left one of two_modes, truly 0.9")
+        plane_figure(results, figure, hidden=() if args.methods else ("TRE", "CE"))
+    print(f"Numbers in nats; {time.time() - start:.0f} s; results are in {str(args.out)!a}")
 
 
 if __name__ == "__main__":
