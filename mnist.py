@@ -60,7 +60,7 @@ def read_or_download(folder, name, sha256):
     try:
         data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
         return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
-    except (EOFError, OSError, RuntimeError) as error:
+    except Exception as error:
         raise ValueError(f"{name}: {error}")
 
 
@@ -74,8 +74,8 @@ def load_data(dataset, folder):
     try:
         data = [read_or_download(Path(folder), *file) for file in FILES.items()]
         for name, x, y in (("train-labels", *data[:2]), ("t10k-labels", *data[2:])):
-            if len(x) != len(y) or y.max() >= CLASSES:
-                raise ValueError(f"{name} are {len(y)} numbers up to {y.max()} for {len(x)} images")
+            if len(x) != len(y) or (y >= CLASSES).any():
+                raise ValueError(f"{name}: {len(y)} labels for {len(x)} images, or labels above 9")
     except Exception as error:
         sys.exit(f"MNIST cannot be read: {error}\nDelete a damaged file, put {list(FILES)} "
                  f"into {folder}, name another folder by --data, or use --dataset digits.")
@@ -337,9 +337,9 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
     done = 0
     if resume:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        if kept["config"] != config:
-            sys.exit(f"{path} was trained with {kept['config']}, not {config}: pass the original "
-                     "flags, or start over in another --out")
+        if kept["config"] != config or "step" not in kept:
+            sys.exit(f"{path} is not a checkpoint of {config}, but of {kept['config']}: pass the "
+                     "original flags, or start over in another --out")
         optimiser.load_state_dict(kept["optimiser"])
         done = kept["step"]
     else:
@@ -478,6 +478,7 @@ def show_samples(models, train_set, test_set, n, seed, path):
                                              y=y[rows]), torch.arange(n).to(y)).to(real)
             show(ax, title, x0, 1000 * (time.time() - begun) / n)
     fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
 @torch.no_grad()
@@ -490,12 +491,13 @@ def show_levels(model, image, path):
         x0, near = to_x0(image), range(t - 8, t + 9)
         xt = model.add_noise(x0, t, torch.randn_like(x0))
         picture(column[0], (xt / 2)[None], f"level {t}")                # / 2: noise exceeds 1
-        posterior = model.log_ratio(xt, every)[0].softmax(0).cpu()
+        posterior = model.log_ratio(xt, every)[0].softmax(0).cpu().numpy()
         column[1].bar(near, posterior[near], color=["C1" if s == t else "C0" for s in near])
         column[1].set(yticks=[], ylim=(0, None))
         column[1].set_title("p(level | x)", fontsize=9)
         picture(column[2], model.denoise(xt, t)[None], "denoised")
     fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
 @torch.no_grad()
@@ -524,6 +526,7 @@ def show_errors(models, bounds, images, linear, path):
            title=f"MSE of eps_hat, compared with the {reference}'s")
     ax.legend()
     fig.savefig(path, dpi=100)
+    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -541,7 +544,6 @@ def measure(models, train_set, test_set, preset, seed, out):
         if isinstance(model, CDM):
             show_levels(model, images[:1], out / "levels.png")
     show_samples(models, train_set, test_set, preset["samples"], seed, out / "samples.png")
-    plt.close("all")
     print(f"figures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
 
@@ -602,6 +604,8 @@ def main():
         measure(dict(zip(names, models)), train_set, test_set, preset, args.seed, out)
     except KeyboardInterrupt:
         sys.exit(f"interrupted. If {out / 'model.pt'} exists, --resume goes on from it")
+    except OSError as error:
+        sys.exit(f"{out} cannot be written: {error}")
     if args.quick and not args.weights:
         print("This was a short run. The README shows what a long one gives: on MNIST, 1.11 "
               "bits/dim, and digits that a classifier can mostly read with confidence.")
