@@ -389,7 +389,7 @@ def likelihood(model, images, preset):
     and log Z. Returns the ELBO of the first preset["elbo"] images."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
-    few = x1[:preset["slow"]]
+    many, few = preset["elbo"], x1[:preset["slow"]]
 
     def line(name, log_p1, x):
         begun, bits = time.time(), bits_per_dim(batches(log_p1, x), sigma1, d)
@@ -398,9 +398,10 @@ def likelihood(model, images, preset):
               f"{len(x):5d} images, {ms:6.0f} ms each", flush=True)
         return bits.mean().item()
 
-    if isinstance(model, CDM):
-        one_pass = line("one forward pass", lambda x: model.log_prob(x, 1), x1)
-    bound = line("ELBO", lambda x: elbo(model, x), x0[:preset["elbo"]])
+    if isinstance(model, CDM):                    # also for the images of the other estimates
+        one_pass, *_ = [line("one forward pass", lambda x: model.log_prob(x, 1), x1[:n])
+                        for n in (len(x1), many, len(few))]
+    bound = line("ELBO", lambda x: elbo(model, x), x0[:many])
     line("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)
     if isinstance(model, CDM):
         finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
