@@ -10,7 +10,7 @@ NeurIPS 2024, arXiv 2402.10095).
     theorem 3.1     E[eps | x_t = x] = sigma_t (x - gradient of [l_t(x) - l_{T+1}(x)])
 
 Theorem 3.2 is Bayes' rule: all p(t | x) share one denominator, and p_{T+1} = N(0, I) is known.
-Theorem 3.1 is its gradient: that of log N(x; 0, I) is -x, and by Tweedie's formula
+Theorem 3.1 is its gradient, since grad log N(x; 0, I) = -x and, by Tweedie's formula,
     grad log p_t(x) = E[grad_x log p(x_t = x | x_0) | x_t = x] = -E[eps | x_t = x] / sigma_t
 
     level t          0: clean data      1 .. T: more and more noise    T+1: pure noise
