@@ -1,8 +1,8 @@
 """CDM on MNIST: train a noise-level classifier, sample digits, read likelihoods off its logits.
 
-    python mnist.py --quick                        a short training run: 3 minutes on two CPU cores
+    python mnist.py --quick                        a short training run: 4 minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   evaluate the trained networks: 10 minutes
+                                                   evaluate the trained networks: 12 minutes
     python mnist.py --device cuda                  the full training run, on a GPU
     python mnist.py --dataset digits --quick       scikit-learn's 8x8 digits, no download
 
