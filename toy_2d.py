@@ -2,7 +2,7 @@
 
     python toy_2d.py --tour         a picture of the idea: one network, four readings, 25 seconds
     python toy_2d.py                seven methods on six 2-D densities, three minutes
-    python toy_2d.py --chasm        how soon is a ratio of 20 nats learned? Eight minutes
+    python toy_2d.py --chasm        how soon is a ratio of 20 nats learned? 8 to 12 minutes
 
 Times are for two CPU cores. All methods train the same MLP on the same samples: noise-contrastive
 estimation (NCE), telescoping ratios (TRE), a noise-level classifier with one of the CDM's two
