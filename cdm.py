@@ -161,6 +161,8 @@ def noising_step(schedule, s, t):
 
 def guided_noise(model, x, t, guidance, cond):
     """eps_hat. Classifier-free guidance (Ho, Salimans 2022) exaggerates what cond changes."""
+    if guidance and not cond:
+        raise ValueError("guidance needs a condition to exaggerate, such as y=labels")
     eps_hat = model.predict_noise(x, t, **cond)
     if guidance:
         eps_hat = eps_hat + guidance * (eps_hat - model.predict_noise(x, t))

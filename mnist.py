@@ -6,9 +6,9 @@
     python mnist.py --device cuda                  the full training run, on a GPU
     python mnist.py --dataset digits --quick       scikit-learn's 8x8 digits, no download
 
-Read cdm.py first; it has the method. This file adds a network for digits, a training loop, and the
-evaluation, which uses the audits in its section 5. Results go to a folder in runs/: weights.pt,
-log.csv, figures, and model.pt for --resume.
+Read cdm.py first; it has the method. This file adds a network for digits, a training loop and,
+longer than both, an evaluation, which uses the audits in section 5 of cdm.py. Results go to a
+folder in runs/: weights.pt, log.csv, figures, and model.pt for --resume.
 """
 
 import argparse
@@ -29,11 +29,6 @@ from torch import nn
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, log_normal, log_snr_schedule,
                  ode_log_prob, sample)
 
-try:
-    import fcntl
-except ImportError:                    # on Windows, two runs in one folder are not kept apart
-    fcntl = None
-
 # width: network channels; batch: images per step; lr: peak learning rate. one_pass, elbo, slow:
 # images for each likelihood (slow: the ODE and log Z); fine: levels for log Z; samples per model.
 FULL = dict(width=64, batch=256, steps=20000, lr=0.002,
@@ -51,17 +46,19 @@ CLASSES, SIZE = 10, {"mnist": 28, "digits": 8}
 STEP = 2 / 256                                  # distance between neighbouring grey values
 
 
+class UserError(ValueError):
+    """What the user can put right: main prints it without a traceback."""
+
+
 def read_or_download(folder, name, sha256):
     """Images, uint8 (N, 1, 28, 28), or labels (N,), from folder/name, downloaded first if missing.
     The file is gzipped IDX: a header of 16 bytes (images) or 8 (labels), then the raw values."""
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {name} to {folder}", flush=True)
         torch.hub.download_url_to_file(URL + name, folder / name, sha256, progress=False)
-    try:
-        data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
-        return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
-    except Exception as error:
-        raise ValueError(f"{name}: {error}")
+    data = torch.tensor(np.frombuffer(gzip.decompress((folder / name).read_bytes()), np.uint8))
+    return data[16:].view(-1, 1, 28, 28) if "images" in name else data[8:].long()
 
 
 def load_data(dataset, folder):
@@ -71,14 +68,16 @@ def load_data(dataset, folder):
         images = torch.tensor(digits.images[order] * 255 / 16).round().to(torch.uint8)[:, None]
         parts = [1350, 150, 297]
         return list(zip(images.split(parts), torch.tensor(digits.target[order]).split(parts)))
+    data = []
     try:
-        data = [read_or_download(Path(folder), *file) for file in FILES.items()]
-        for name, x, y in (("train-labels", *data[:2]), ("t10k-labels", *data[2:])):
-            if len(x) != len(y) or (y >= CLASSES).any():
-                raise ValueError(f"{name}: {len(y)} labels for {len(x)} images, or labels above 9")
+        for name, sha256 in FILES.items():
+            data.append(read_or_download(Path(folder), name, sha256))
+            if "labels" in name and (len(data[-1]) != len(data[-2]) or data[-1].max() >= CLASSES):
+                raise ValueError("not one label in 0 .. 9 for each image")
     except Exception as error:
-        sys.exit(f"MNIST cannot be read: {error}\nDelete a damaged file, put {list(FILES)} "
-                 f"into {folder}, name another folder by --data, or use --dataset digits.")
+        raise UserError(f"MNIST cannot be read: {name}: {error}\nDelete a damaged file, put "
+                        f"{list(FILES)} into {folder}, name another folder by --data, or use "
+                        "--dataset digits.") from error
     x, y, *test_set = data
     return (x[:-5000], y[:-5000]), (x[-5000:], y[-5000:]), test_set
 
@@ -233,9 +232,11 @@ class DigitNet(nn.Module):
         nn.init.zeros_(self.label.weight)
 
     def features(self, x, y, told=0.0):
-        """(B, width, H/2, W/2), for labels y (B,) or None. told: a level's waves, in a DDM."""
+        """(B, width, H/2, W/2), for labels y (B,), or None. told: a level's waves, in a DDM."""
         if y is None:
             y = torch.full((len(x),), CLASSES, device=x.device)
+        if not torch.is_tensor(y) or y.shape != (len(x),):
+            raise ValueError(f"y must be one label per image, a tensor ({len(x)},), got {y}")
         return self.trunk(x, self.label(y) + told)
 
 
@@ -287,64 +288,64 @@ def best_linear_mse(images, schedule):
     return torch.cat([error[:1], error, error[-1:]])
 
 
-def claim(out, resume):
-    """Create the folder `out` and return its log.csv, open and locked against a second run. Exits
-    if the folder is taken, cannot be written, or does not fit `resume`."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        log = (out / "log.csv").open("a")
-        if fcntl:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        sys.exit(f"{out} cannot be written, or another run is writing there: {error.strerror}")
-    if resume and not (out / "model.pt").exists():
-        sys.exit(f"there is no {out / 'model.pt'} to --resume")
-    if not resume and ((out / "model.pt").exists() or (out / "weights.pt").exists()):
-        sys.exit(f"{out} already holds a run: add --resume to continue it, or choose another --out")
-    return log
-
-
 def save(path, **content):
     """Save to a temporary file, then rename it, so that an interruption never corrupts `path`."""
     try:
         torch.save(content, f"{path}.part")
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:
-        sys.exit(f"{path} cannot be written: {error}")
+    except RuntimeError as error:                                # PyTorch's error for a full disk
+        raise OSError(str(error)) from error
+    os.replace(f"{path}.part", path)
 
 
-def load(path, device="cpu", dataset=None):
-    """A trained model from weights.pt or model.pt, in eval mode. Exits if the file is unusable or
-    the model was trained on another dataset."""
+def read(path):
+    """The content of a file that train() saved, and the model in it."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if dataset not in (None, content["config"]["dataset"]):
-            raise ValueError(f"it was trained on another dataset: {content['config']}")
         model = build(content["config"])
         model.load_state_dict(content["model"])
     except Exception as error:
-        sys.exit(f"{path} holds no model that can be used here: {error!r:.300}")
+        raise UserError(f"{path} holds no model that can be used here: {error!r:.300}") from error
+    return content, model
+
+
+def load(path, device="cpu", dataset=None):
+    """A trained model from weights.pt or model.pt, in eval mode. Raises UserError if the file is
+    unusable, or the model was trained on another dataset than `dataset`."""
+    content, model = read(path)
+    if dataset not in (None, content["config"]["dataset"]):
+        raise UserError(f"{path} was trained on another dataset: {content['config']}")
     return model.to(device).eval()
 
 
+def begin(config, images, out):
+    """Create the folder `out` with the files that training continues: log.csv, which has only its
+    header, and model.pt, an untrained model."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with (out / "log.csv").open("x") as log:     # x: the file must be new, so no run is harmed
+            print("step,cross_entropy,weighted_mse,ms_per_step", file=log)
+    except FileExistsError:
+        raise UserError(f"{out} already holds a run: add --resume to continue it, or choose "
+                        "another --out") from None
+    model = build(config, images)
+    save(out / "model.pt", config=config, step=0, model=model.state_dict(), optimiser=None)
+
+
 def train(config, images, labels, device, out, resume=False, compiled=False):
-    """Train and return a model. Writes log.csv and model.pt to `out` every 100 steps, and finally
-    the small weights.pt. Exits if model.pt does not match config, or if training diverges. On a CPU
-    a resumed run repeats an uninterrupted one exactly, on a GPU up to rounding."""
-    log, path, steps, batch = claim(out, resume), out / "model.pt", config["steps"], config["batch"]
-    model = load(path, device) if resume else build(config, images).to(device)
+    """Train and return a model. Every 100 steps it is saved to model.pt in `out`, with a line in
+    log.csv; at the end also as weights.pt, without the optimiser. On a CPU a resumed run repeats an
+    uninterrupted one exactly, on a GPU up to rounding. Raises UserError if `out` does not fit."""
+    path, steps, batch = out / "model.pt", config["steps"], config["batch"]
+    if not resume:
+        begin(config, images, out)
+    content, model = read(path)
+    if content["config"] != config or "step" not in content:
+        raise UserError(f"{path} is not a checkpoint of {config}, but of {content['config']}: pass "
+                        "the original flags, or start over in another --out")
+    model, done = model.to(device), content["step"]
     optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused="cuda" in str(device))
-    done = 0
-    if resume:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
-        if kept["config"] != config or "step" not in kept:
-            sys.exit(f"{path} is not a checkpoint of {config}, but of {kept['config']}: pass the "
-                     "original flags, or start over in another --out")
-        optimiser.load_state_dict(kept["optimiser"])
-        done = kept["step"]
-    else:
-        log.truncate(0)                       # of a run that was interrupted before its first save
-        print("step,cross_entropy,weighted_mse,ms_per_step", file=log, flush=True)
+    if done:
+        optimiser.load_state_dict(content["optimiser"])
     error = best_linear_mse(images, model.schedule)
     w_mse = (error.mean() / error).float().to(device)       # so that levels count about equally
     losses = torch.compile(model.losses) if compiled else model.losses
@@ -364,19 +365,21 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
         if step % 100 == 0 or step == steps:                # the only place that waits for a GPU
             ce, mse = ce.item(), mse.item()
             if not math.isfinite(ce + mse):
-                sys.exit(f"diverged before step {step}: the loss is not finite; try another --seed")
+                raise UserError(f"diverged before step {step}: the loss is not finite; try another "
+                                "--seed")
             ms = 1000 * (time.time() - begun) / (step - done)
-            print(f"step {step:6d} of {steps}   cross-entropy {ce:.3f} (chance 0.693)   "
-                  f"weighted MSE {mse:.4f}   {ms:.0f} ms per step   "
+            print(f"step {step:6d} of {steps}   cross-entropy {ce:.3f} (chance 0.693)   weighted "
+                  f"MSE {mse:.4f}   {ms:.0f} ms per step   "
                   f"{ms * (steps - step) / 60000:.1f} min left", flush=True)
-            print(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}", file=log, flush=True)
+            with (out / "log.csv").open("a") as log:
+                print(f"{step},{ce:.5f},{mse:.6f},{ms:.1f}", file=log)
             save(path, config=config, step=step, model=model.state_dict(),
                  optimiser=optimiser.state_dict())
     save(out / "weights.pt", config=config, model=model.state_dict())
     return model.eval()
 
 
-# ------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------ evaluation (On a first reading of the file, stop here.)
 @torch.no_grad()
 def batches(function, x):
     """function(x), computed a part of the rows at a time, as float64 on the CPU."""
@@ -503,10 +506,10 @@ def show_levels(model, image, path):
 
 @torch.no_grad()
 def show_errors(models, bounds, images, linear, path):
-    """Print each model's ELBO, and its MSE relative to the best linear denoiser's. Plot the MSE per
-    level relative to the first DDM's if there are CDMs too, otherwise to the linear denoiser's."""
-    x0 = to_x0(images)
-    eps, mse = torch.randn_like(x0), {"best linear denoiser": linear}
+    """Print each model's ELBO, and its MSE relative to the best linear denoiser's. If one of them
+    is a DDM, plot how the others' MSE compares with its own at each level."""
+    x0, mse = to_x0(images), {}
+    eps = torch.randn_like(x0)
     print(f"\n| {len(x0):5d} images          | weights | ELBO, bits/dim | MSE / best linear's |\n"
           "| --------------------- | ------- | -------------- | ------------------- |")
     for name, model in models.items():
@@ -514,17 +517,15 @@ def show_errors(models, bounds, images, linear, path):
                                             eps).cpu() for t in range(1, model.T + 1)])
         print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | "
               f"{bounds[name]:14.4f} | {(mse[name] / linear).mean():19.4f} |", flush=True)
-    reference = [name for name in models if isinstance(models[name], DDM)]
-    reference = reference[0] if 0 < len(reference) < len(models) else "best linear denoiser"
+    ddms = [name for name in models if isinstance(models[name], DDM)]
+    if not ddms or len(models) == 1:
+        return
     alpha, sigma = model.schedule
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    for name in models:
-        if name != reference:
-            more = 100 * (mse[name] / mse[reference] - 1)
-            ax.plot(2 * (alpha / sigma).log()[1:-1], more, label=name)
-    ax.axhline(0, color="grey", linewidth=1)
+    for name in mse:
+        ax.plot(2 * (alpha / sigma).log()[1:-1], 100 * (mse[name] / mse[ddms[0]] - 1), label=name)
     ax.set(xlabel="log-SNR (left: noise)", ylabel="%",
-           title=f"MSE of eps_hat, compared with the {reference}'s")
+           title=f"MSE of eps_hat, compared with the {ddms[0]}'s")
     ax.legend()
     fig.savefig(path, dpi=100)
     plt.close(fig)
@@ -532,7 +533,7 @@ def show_errors(models, bounds, images, linear, path):
 
 # ------------------------------------------------------------------------------------------- main
 def measure(models, train_set, test_set, preset, seed, out):
-    """One screen of numbers on the test set, and three pictures."""
+    """Print one screen of numbers on the test set, and draw figures."""
     images, bounds = test_set[0][:preset["one_pass"]], {}
     for name, model in models.items():
         print(f"\n{name}")
@@ -556,13 +557,13 @@ def arguments():
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--compile", action="store_true", help="use torch.compile: for a GPU, needs Triton")
-    add("--quick", action="store_true", help="a small run: minutes on two CPU cores")
+    add("--quick", action="store_true", help="a small network and a short run, for a CPU")
     add("--out", type=Path, help="output folder (default: runs/ and the name of the run)")
     add("--weights", nargs="+", metavar="FILE", help="evaluate these files, without training")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
-    add("--steps", type=int, help="training steps")
-    add("--batch", type=int, help="images per step")
-    add("--width", type=int, help="channels of the network, a multiple of 4")
+    for name, what in (("steps", "training steps"), ("batch", "images per step"),
+                       ("width", "channels of the network, a multiple of 4")):
+        add(f"--{name}", type=int, help=f"{what} ({FULL[name]}; with --quick {QUICK[name]})")
     add("--seed", type=int, default=0, help="0 .. 10^9")
     args = p.parse_args()
     if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)) or (
@@ -576,40 +577,45 @@ def arguments():
     return args
 
 
+def run(args, preset, out):
+    """Train a model, or load some, and measure it."""
+    print(f"torch {torch.__version__} on {args.device}; results go to {out}", flush=True)
+    torch.manual_seed(args.seed)
+    models = [load(path, args.device, args.dataset) for path in args.weights or ()]
+    train_set, _, test_set = load_data(args.dataset, args.data)
+    if args.weights:
+        out.mkdir(parents=True, exist_ok=True)
+    else:
+        config = dict(model=args.model, dataset=args.dataset, seed=args.seed,
+                      **{name: preset[name] for name in ("width", "batch", "steps", "lr")})
+        print(f"training: {config}", flush=True)
+        models = [train(config, *train_set, args.device, out, args.resume, args.compile)]
+    kinds = ["CDM" if isinstance(model, CDM) else "DDM" for model in models]
+    names = [kind if kinds.count(kind) == 1 else f"{kind} {path}"
+             for kind, path in zip(kinds, args.weights or kinds)]
+    train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
+    measure(dict(zip(names, models)), train_set, test_set, preset, args.seed, out)
+
+
 def main():
     args = arguments()
-    preset = {name: vars(args).get(name) or value                  # the flags override the preset
-              for name, value in (QUICK if args.quick else FULL).items()}
+    preset = dict(QUICK if args.quick else FULL)
+    for name in ("steps", "batch", "width"):
+        preset[name] = getattr(args, name) or preset[name]
     if args.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")
         preset["slow"] *= 10
     plt.rcParams["text.parse_math"] = False                       # a $ in a file's name is a $
-    run = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
-    out = args.out or Path("runs", run)
-    train_set, _, test_set = load_data(args.dataset, args.data)
-    print(f"torch {torch.__version__} on {args.device}; results go to {out}", flush=True)
+    name = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
+    out = args.out or Path("runs", name)
     try:
-        torch.manual_seed(args.seed)
-        if args.weights:
-            out.mkdir(parents=True, exist_ok=True)
-            models = [load(path, args.device, args.dataset) for path in args.weights]
-        else:
-            config = dict(model=args.model, dataset=args.dataset, seed=args.seed,
-                          **{name: preset[name] for name in ("width", "batch", "steps", "lr")})
-            print(f"training: {config}", flush=True)
-            models = [train(config, *train_set, args.device, out, args.resume, args.compile)]
-        kinds = ["CDM" if isinstance(model, CDM) else "DDM" for model in models]
-        names = [kind if kinds.count(kind) == 1 else f"{kind} {path}"
-                 for kind, path in zip(kinds, args.weights or kinds)]
-        train_set, test_set = ([v.to(args.device) for v in part] for part in (train_set, test_set))
-        measure(dict(zip(names, models)), train_set, test_set, preset, args.seed, out)
+        run(args, preset, out)
     except KeyboardInterrupt:
-        sys.exit(f"interrupted. If {out / 'model.pt'} exists, --resume goes on from it")
+        sys.exit("interrupted; if this was a training run, --resume continues it")
+    except UserError as error:
+        sys.exit(str(error))
     except OSError as error:
         sys.exit(f"{out} cannot be written: {error}")
-    if args.quick and not args.weights:
-        print("This was a short run. The README shows what a long one gives: on MNIST, 1.11 "
-              "bits/dim, and digits that a classifier can mostly read with confidence.")
 
 
 if __name__ == "__main__":

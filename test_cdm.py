@@ -206,13 +206,6 @@ def test_samplers_meet_the_density_of_every_level_and_ddpm_the_noising(eta, step
         assert_close(found, [0.0, 1.0, expected], atol=0.04, rtol=0)
 
 
-@pytest.mark.parametrize("sampler", [sample, dpm_solver])
-def test_deterministic_samplers_leave_the_random_generator_alone(sampler):
-    before = torch.get_rng_state()
-    sampler(Exact(), torch.ones(3, 2).double(), 5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 # --------------------------------------------------------------------------------------- audits
 @pytest.mark.parametrize("last", [-10, 4])
 def test_elbo_ode_and_one_pass_agree_as_far_as_level_T_is_noise(last):
@@ -271,6 +264,8 @@ BAD = {
     "window 0": lambda m, x: small_model(0).losses(x),
     "window T+3": lambda m, x: small_model(13).losses(x),
     "steps above T": lambda m, x: dpm_solver(m, x, steps=11),
+    "guidance without labels": lambda m, x: sample(m, x, guidance=1.0),
+    "one label for four digits": lambda m, x: digit_model().log_prob(X.float(), 1, y=7),
     "ELBO of few levels": lambda m, x: elbo(m, x),
     "half precision": lambda m, x: m.bfloat16().log_prob(x.bfloat16()),
     "blurred greys": lambda m, x: bits_per_dim(0.0, 0.001, 1),
@@ -294,11 +289,6 @@ def test_a_level_out_of_range_is_an_error_also_in_a_tensor(family, t):
             use(x, t)
         with pytest.raises((IndexError, RuntimeError)):
             use(x, torch.tensor([1, t]))
-
-
-def test_denoising_pure_noise_gives_nan_in_its_row_alone():
-    found = small_model().denoise(torch.randn(3, 2), torch.tensor([10, 11, 0]))
-    assert found.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
 
 
 def test_conversions_of_a_model_do_not_round_alpha_and_sigma():
@@ -372,17 +362,6 @@ def test_every_method_recovers_a_known_log_ratio(name):
     assert error.abs().mean() < (0.45 if name in ("MSE", "time-score", "DDM-ODE") else 0.15)
 
 
-def test_a_cdm_has_a_row_for_one_pass_and_one_for_the_ode_of_the_same_network():
-    oracle = toy_2d.Oracle(torch.tensor([(-1.2, 0.0), (1.2, 0.0), (1.2, 0.0)]), std=0.4)
-    exact = toy_2d.Method(CDM(oracle.logits, oracle.schedule), None, oracle.log_prob)
-    with patch.object(toy_2d, "fit", return_value=(oracle, exact)), \
-            patch.object(toy_2d, "CELLS", 30):
-        rows, pictures = toy_2d.run("two_modes", "CDM", 1, 0)
-    assert [row["method"] for row in rows] == ["CDM", "CDM-ODE"] and "CDM samples" in pictures
-    for row in rows:
-        assert abs(row["KL"]) < 0.005 and abs(row["heavy_mode"] - 1 / 3) < 0.02
-
-
 def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monkeypatch):
     weight, data = nn.Linear(1, 1), toy_2d.correlated_pairs(80)
     off = toy_2d.Method(weight, lambda x0: weight(x0[:, :1]).sum(), lambda x: data.log_prob(x) + 3)
@@ -391,16 +370,6 @@ def test_the_chasm_measures_the_mean_and_the_root_mean_square_error_in_nats(monk
     assert [row["steps"] for row in rows] == [1, 2]
     for row in rows:
         assert_close([row["estimate"], row["rms_error"]], [80 / 4 + 3, 3.0], atol=0.3, rtol=0)
-
-
-def test_a_table_shows_a_spread_over_seeds_where_there_is_one(capsys, tmp_path):
-    rows = [dict(method="p", steps=n, seed=s, v=v)
-            for n, s, v in ((8, 0, 1.), (16, 0, 5.), (8, 1, 3.), (16, 1, 5.))]
-    toy_2d.table(tmp_path / "t.csv", rows, 1)
-    said = re.sub(" +", " ", capsys.readouterr().out)
-    assert "| method | steps | v |\n" in said
-    assert "\n| p | 8 | 2.0 +- 1.4 |\n| p | 16 | 5.0 |\n" in said
-    assert "method,steps,seed,v\np,8,0,1.0\n" in (tmp_path / "t.csv").read_text("utf-8")
 
 
 @pytest.mark.parametrize("flags, n, words, files", [
@@ -557,7 +526,7 @@ def test_images_keep_their_labels_and_the_last_5000_for_training_become_validati
 def test_mnist_files_that_do_not_fit_are_named(name, content, folder):
     (file,) = folder.glob(f"{name}*")
     file.write_bytes(content)
-    with pytest.raises(SystemExit, match=rf"^MNIST cannot be read: .*{name}.*\n"):
+    with pytest.raises(mnist.UserError, match=rf"^MNIST cannot be read: {name}.*\n"):
         mnist.load_data("mnist", folder)
 
 
@@ -606,33 +575,19 @@ def test_images_are_trained_on_with_their_labels_of_which_a_fifth_is_dropped(tmp
     assert w_mse[64] > 1 > w_mse[1]
 
 
-@pytest.mark.parametrize("w_ce", [0.0, 0.02])
-def test_one_step_trains_by_the_error_and_with_weight_w_ce_by_the_cross_entropy(w_ce, tmp_path):
-    with patch.object(mnist, "W_CE", w_ce):
-        mixture = training(tmp_path, 1).net.mixture
-    assert mixture.read.weight.any() and mixture.constant.weight.any() == (w_ce > 0)
-
-
 @pytest.mark.parametrize("family", ["cdm", "ddm"])
 def test_training_and_sampling_stay_on_the_device(family, monkeypatch, tmp_path):
     """On PyTorch's meta device tensors have no values; to mix them with the CPU's is an error."""
-    monkeypatch.setattr(mnist, "save", lambda path, **content: None)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
     model, x = training(tmp_path, 2, "meta", family), torch.randn(3, 1, 8, 8, device="meta")
     assert sample(model, x, 3, eta=1.0).is_meta and dpm_solver(model, x, 3).is_meta
 
 
-def test_two_runs_cannot_write_to_one_folder_at_the_same_time(tmp_path):
-    with mnist.claim(tmp_path, resume=False), \
-            pytest.raises(SystemExit, match="another run is writing there"):
-        mnist.claim(tmp_path, resume=False)
-
-
-def test_a_run_that_diverges_stops_and_saves_nothing(monkeypatch, tmp_path):
+def test_a_run_that_diverges_stops_and_is_not_saved(monkeypatch, tmp_path):
     monkeypatch.setattr(mnist, "W_CE", math.inf)
-    with pytest.raises(SystemExit, match="diverged"):
+    with pytest.raises(mnist.UserError, match="diverged"):
         training(tmp_path, 3)
-    assert not list(tmp_path.glob("*.pt"))
+    assert torch.load(tmp_path / "model.pt")["step"] == 0
 
 
 # ------------------------------------------------------------------ the command lines, and README
@@ -667,7 +622,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_a_whole_one_exactly(monkeypatc
     assert re.search(r"step    101 of 101   cross-entropy 0\.[0-6].*   weighted MSE 0\.\d", said)
     with patch.object(mnist, "save", save_then_stop):
         said = run(mnist, DIGITS + "--out resumed")
-    assert re.search("interrupted. If resumed.model.pt exists, --resume goes on from it", said)
+    assert re.search("interrupted; .*--resume continues it", said)
     said = run(mnist, DIGITS + "--out resumed --resume --model ddm --batch 32")
     assert re.search("not a checkpoint of .*'ddm'.*'batch': 32.*, but of .*: pass the orig", said)
     run(mnist, DIGITS + "--out resumed --resume")
@@ -694,22 +649,13 @@ def test_equal_models_get_equal_numbers_in_an_evaluation_and_all_figures_are_clo
     assert len(list(tmp_path.glob("my results/*.png"))) == 3 and not plt.get_fignums()
 
 
-def test_the_number_to_quote_is_one_pass_plus_log_z(capsys):
-    mnist.likelihood(digit_model(), IMAGES, SMALL)
-    pattern = r"pass +(.*?) (?:.|\n)*log Z in (.*) \.\. (.*)\. The .*: (.*) \+- (.*)"
-    one_pass, below, above, quoted, half = map(
-        float, re.search(pattern, capsys.readouterr().out).groups())
-    assert abs(one_pass + (below + above) / 2 - quoted) < 0.002 and below < above
-    assert abs((above - below) / 2 - half) < 0.002 and 5 < one_pass < 8
-
-
 @pytest.mark.parametrize("script, flags, why", [
     (toy_2d, "-h", "--seeds"), (toy_2d, "--chasm --methods CDM", "--tour and --chasm go neither"),
     (mnist, "-h", "--resume"), (mnist, "", "MNIST cannot be read"),
     (mnist, "--width 10", "a multiple of 4"), (mnist, "--steps 0", "--steps, .* must be 1 or more"),
     (mnist, "--seed 99999999999999", "--seed in 0"), (mnist, "--device foo", "--device foo: "),
     (mnist, "--device cuda:99", "error: --device cuda:99: "),
-    (mnist, DIGITS + "--resume", "there is no .*model.pt"),
+    (mnist, DIGITS + "--resume", "model.pt holds no model .*FileNotFound"),
     (mnist, DIGITS + "--out bad", "bad already holds a run: add --resume"),
     (mnist, DIGITS + "--resume --out bad", "model.pt holds no model that can be used"),
     (mnist, DIGITS + "--weights bad/model.pt", "model.pt holds no model that can be used"),
@@ -726,6 +672,7 @@ def test_what_cannot_go_on_says_why_and_changes_no_file(script, flags, why, monk
     mnist.save("empty.pt", config={}, model={})
     Path("bad").mkdir()
     Path("bad/model.pt").write_text("not a model", "utf-8")
+    Path("bad/log.csv").touch()
     assert re.search(why, run(script, flags))
     assert [file.read_bytes() for file in tmp_path.rglob("model.pt")] == [b"not a model"]
 
@@ -735,7 +682,7 @@ def test_the_readme_names_files_and_flags_that_there_are():
     for name in {a or b for a, b in names}:
         assert name.startswith(("runs/", "http")) or (HERE / name).exists(), name
     for script in ("toy_2d", "mnist"):
-        known = set(re.findall(r'add\("(--\w+)"', (HERE / f"{script}.py").read_text("utf-8")))
+        known = set(re.findall(r"--\w+", run(sys.modules[script], "-h")))
         commands = " ".join(re.findall(rf"python {script}\.py([^`#|\n]*)", README))
         used = set(re.findall(r"--[a-zA-Z][\w-]*", commands))
         assert used and used <= known, used - known
