@@ -6,8 +6,8 @@
 
 Times are for two CPU cores. All methods train the same MLP on the same samples: noise-contrastive
 estimation (NCE), telescoping ratios (TRE), a noise-level classifier with one of the CDM's two
-losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model (DDM-ODE). CDM-ODE
-is the same trained CDM, with the density of its probability-flow ODE instead of one pass."""
+losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model (DDM-ODE). With CDM
+comes CDM-ODE: the same network, by its probability-flow ODE instead of one pass."""
 
 import argparse
 import math
@@ -365,7 +365,7 @@ def plane_figure(results, path, hidden):
     for rows, found in results:                                             # the last seed wins
         pictures.setdefault(rows[0]["dataset"], {}).update(found)
     titles = [title for title in next(iter(pictures.values())) if title not in hidden]
-    fig = Figure((1.3 * len(titles), 1.3 * len(pictures) + 1), layout="constrained")
+    fig = Figure((max(6, 1.3 * len(titles)), 1.3 * len(pictures) + 1), layout="constrained")
     axes = fig.subplots(len(pictures), len(titles), squeeze=False)
     for row, (dataset, found) in zip(axes, pictures.items()):
         row[0].set_ylabel(dataset.replace("_", " "))
@@ -441,7 +441,7 @@ def main():
         jobs = [(run, d, m, steps, s) for d in sets for m in methods for s in range(seeds)]
         results = in_parallel(dict.fromkeys(jobs))                                # each job once
         table(csv, [row for rows, _ in results for row in rows], 4)
-        print("KL = KL_raw + log_Z; heavy_mode is the mass of the left one of two_modes, truly 0.9")
+        print("KL = KL_raw + log_Z; in two_modes, heavy_mode is the left mode's mass, truly 0.9")
         plane_figure(results, figure, hidden=() if args.methods else ("TRE", "CE"))
     print(f"Numbers in nats; {time.time() - start:.0f} s; results are in {str(args.out)!a}")
 
