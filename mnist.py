@@ -6,9 +6,9 @@
     python mnist.py --device cuda                  the full training run, on a GPU
     python mnist.py --dataset digits --quick       scikit-learn's 8x8 digits, no download
 
-Read cdm.py first; it has the method. This file adds a network for digits, a training loop and,
-longer than both, an evaluation, which uses the audits in section 5 of cdm.py. Results go to a
-folder in runs/: weights.pt, log.csv, figures, and model.pt for --resume.
+Read cdm.py first; it has the method. This file adds a network for digits, a training loop and, in
+its second half, an evaluation, which uses the audits in section 5 of cdm.py. Results go to a folder
+in runs/: weights.pt, log.csv, figures, and model.pt for --resume.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from torch import nn
 from cdm import (CDM, DDM, annealed_log_z, bits_per_dim, elbo, log_normal, log_snr_schedule,
                  ode_log_prob, sample)
 
-# width: network channels; batch: images per step; lr: peak learning rate. one_pass, elbo, slow:
-# images for each likelihood (slow: the ODE and log Z); fine: levels for log Z; samples per model.
+# Training: width is the network's channels, batch the images per step, lr the peak learning rate.
+# Evaluation: how many images for one pass, for the ELBO, and for the ODE and log Z (slow); how many
+# levels for log Z (fine); how many samples.
 FULL = dict(width=64, batch=256, steps=20000, lr=0.002,
             one_pass=10000, elbo=500, slow=40, fine=2048, samples=1000)
 QUICK = dict(width=32, batch=64, steps=500, lr=0.003,
@@ -62,7 +63,8 @@ def read_or_download(folder, name, sha256):
 
 
 def load_data(dataset, folder):
-    """(images, labels) for training, validation and test: uint8 (N, 1, H, W) and long (N,)."""
+    """(images, labels) for training, validation and test: uint8 (N, 1, H, W) and long (N,). The
+    validation set is for experiments; this file does not use it."""
     if dataset == "digits":                                          # 1797 of 8x8, grey 0 .. 16
         digits, order = load_digits(), np.random.default_rng(0).permutation(1797)
         images = torch.tensor(digits.images[order] * 255 / 16).round().to(torch.uint8)[:, None]
@@ -89,11 +91,10 @@ def to_x0(images):
 
 
 # ---------------------------------------------------------------------------------------- network
-#     x -> Trunk, in a CDM never told a level         what is behind the noise?
-#       -> PixelMixture: 14 numbers per pixel         a distribution of its clean grey value,
-#                                                     computed once per image
-#       -> log-ratio at any level t                   in closed form, because Gaussian noise turns
-#                                                     one mixture of Gaussians into another
+# The trunk looks at a noisy image x once; only a DDM tells it the noise level. PixelMixture turns
+# its features into 14 numbers per pixel, which describe the clean grey value behind the noise by a
+# mixture of Gaussians. With Gaussian noise added it is again a mixture of Gaussians, so the density
+# at any level, and with it the log-ratio, is a formula.
 CLEANEST, NOISIEST = 14.0, -8.0                 # log-SNR at level 1 and at level T
 
 
@@ -126,8 +127,8 @@ class Block(nn.Module):
 
 class Trunk(nn.Module):
     """A small U-Net, (B, 1, H, W) -> features (B, width, H/2, W/2). Half resolution shows strokes,
-    quarter resolution the whole digit. It pools by averages, because in a CDM the gradient is what
-    denoises, and the gradient of a strided convolution is uneven from pixel to pixel."""
+    quarter resolution the whole digit. From one to the other it averages, because in a CDM the
+    gradient denoises, and that of a strided convolution is uneven from pixel to pixel."""
 
     def __init__(self, size, width):
         super().__init__()
@@ -157,20 +158,21 @@ class PixelMixture(nn.Module):
 
     A clean pixel is one of five grey values that dominate MNIST, or comes from one of three
     Gaussians. The features give 14 numbers per pixel: eight log weights, three means, three log
-    variances. Each level that is asked for scales and shifts them, alike at all pixels. Noise turns
-    a grey value c into N(alpha c, sigma^2), and N(m, v) into N(alpha m, alpha^2 v + sigma^2).
+    variances. The level then scales and shifts these numbers, by the same amounts at all pixels.
+    Noise turns a grey c into N(alpha c, sigma^2), and N(m, v) into N(alpha m, alpha^2 v + sigma^2).
 
     As the features depend on x itself, nothing forces the result to integrate to 1; log Z measures
-    its integral. At the start, each pixel has its histogram in the training images."""
+    its integral. Before training, each pixel has the frequencies of the five greys in the images,
+    and three broad Gaussians share the rest."""
 
     GREYS, GAUSSIANS = (0, 252, 253, 254, 255), 3
 
     def __init__(self, images, width):
         super().__init__()
-        n, g = len(self.GREYS), self.GAUSSIANS
+        n, g = len(self.GREYS), self.GAUSSIANS                                # n + 3 g = 14 numbers
         self.read = nn.Conv2d(width, 4 * (n + 3 * g), 3, padding=1)     # 4: for each of 2x2 pixels
         self.adjust = nn.Linear(32, 2 * (n + 3 * g))                           # scale and shift
-        self.constant = nn.Linear(32, 1, bias=False)            # -log of the integral at a level
+        self.constant = nn.Linear(32, 1, bias=False)            # learned, one for each level
         for parameter in (*self.read.parameters(), *self.adjust.parameters(), self.constant.weight):
             nn.init.zeros_(parameter)
         count = torch.stack([(images == k).flatten(1).sum(0) for k in self.GREYS])       # (5, d)
@@ -181,8 +183,8 @@ class PixelMixture(nn.Module):
 
     def forward(self, features, x, alpha, sigma):
         n, g, wave = len(self.GREYS), self.GAUSSIANS, waves(alpha, sigma)
-        pure_noise = waves(torch.zeros_like(alpha), torch.ones_like(sigma))
-        constant = 10 * self.constant(wave - pure_noise)[..., 0]      # 0 at T+1; 10 speeds it up
+        pure_noise = waves(alpha.new_zeros(1), alpha.new_ones(1))
+        constant = 10 * self.constant(wave - pure_noise)[..., 0]   # 0 at T+1; the 10 is for speed
         sigma = sigma.clamp(min=3e-4)                  # at level 0, the greys would have no width
         numbers = F.pixel_shuffle(self.read(features), 2).flatten(2)[:, None]        # (B, 1, 14, d)
         scale, shift = self.adjust(wave)[..., None].chunk(2, 2)                      # (B, n, 14, 1)
@@ -204,10 +206,9 @@ def log_gaussian(x, mean, variance):
 
 def log_lattice(x, sigma):
     """What makes the Gaussians of PixelMixture discrete, (B, n, 1, d). Safe to skip. It is the log
-    of a comb that multiplies their density: a peak at each of the 256 grey values, or flat (1) once
-    the noise hides the steps between them. The five nearest greys suffice. Saves 0.125 bits/dim."""
+    of a comb that multiplies their density: a peak at each grey value, or flat (1) once the noise
+    hides the steps between them. The five nearest greys suffice. Saves 0.125 bits/dim."""
     hidden = sigma > 0.6 * STEP
-    sigma = torch.where(hidden, STEP, sigma)
     greys = STEP * (torch.arange(-2, 3, dtype=x.dtype, device=x.device)[:, None] + 0.5)    # (5, 1)
     near = log_gaussian(torch.remainder(x, STEP), greys, sigma ** 2)                 # (B, n, 5, d)
     return torch.where(hidden, 0.0, near.logsumexp(2, keepdim=True) + math.log(STEP))
@@ -223,7 +224,7 @@ def waves(alpha, sigma):
 
 
 class DigitNet(nn.Module):
-    """What a CDM and a DDM of digits share. Labels are embedded; the label CLASSES means none."""
+    """What a CDM and a DDM of digits share. The label 10 (CLASSES) means none."""
 
     def __init__(self, images, width):
         super().__init__()
@@ -231,19 +232,18 @@ class DigitNet(nn.Module):
         self.label = nn.Embedding(CLASSES + 1, 32)
         nn.init.zeros_(self.label.weight)
 
-    def features(self, x, y, told=0.0):
-        """(B, width, H/2, W/2), for labels y (B,), or None. told: a level's waves, in a DDM."""
+    def features(self, x, y, level_embedding=0.0):
+        """(B, width, H/2, W/2), for labels y (B,) or None."""
         if y is None:
             y = torch.full((len(x),), CLASSES, device=x.device)
         if not torch.is_tensor(y) or y.shape != (len(x),):
             raise ValueError(f"y must be one label per image, a tensor ({len(x)},), got {y}")
-        return self.trunk(x, self.label(y) + told)
+        return self.trunk(x, self.label(y) + level_embedding)
 
 
 class DigitCDM(CDM):
-    """The paper's network returns the logits of all T+2 levels, this one only those asked for. Like
-    the rows of a last layer, the levels in `levels` are classes to score: none is marked as the
-    true one. A level is known by its noise, not by its index, so their number is free."""
+    """The paper's network returns all T+2 logits, this one only those at `levels`. It is not told
+    which of them is the true one. It knows a level by alpha and sigma, so T can change later."""
     window = 2                                     # training compares two adjacent levels at a time
 
     def log_ratio(self, x, levels, y=None):
@@ -253,8 +253,8 @@ class DigitCDM(CDM):
 
 
 class DigitDDM(DDM):
-    """A DDM of the same parts. Its trunk is told the level, and its gradient holds the features
-    constant: eps_hat is what the mixture implies. A CDM's gradient goes through the trunk."""
+    """A DDM of the same parts. Its trunk is told the level. eps_hat is the mixture's gradient with
+    the features held constant, whereas the gradient in a CDM also passes through the trunk."""
 
     def predict_noise(self, xt, t, y=None):
         alpha, sigma = (v.view(-1, 1) for v in self.scales(t, xt))
@@ -320,6 +320,7 @@ def load(path, device="cpu", dataset=None):
 def begin(config, images, out):
     """Create the folder `out` with the files that training continues: log.csv, which has only its
     header, and model.pt, an untrained model."""
+    model = build(config, images)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with (out / "log.csv").open("x") as log:     # x: the file must be new, so no run is harmed
@@ -327,14 +328,14 @@ def begin(config, images, out):
     except FileExistsError:
         raise UserError(f"{out} already holds a run: add --resume to continue it, or choose "
                         "another --out") from None
-    model = build(config, images)
     save(out / "model.pt", config=config, step=0, model=model.state_dict(), optimiser=None)
 
 
 def train(config, images, labels, device, out, resume=False, compiled=False):
-    """Train and return a model. Every 100 steps it is saved to model.pt in `out`, with a line in
-    log.csv; at the end also as weights.pt, without the optimiser. On a CPU a resumed run repeats an
-    uninterrupted one exactly, on a GPU up to rounding. Raises UserError if `out` does not fit."""
+    """Train and return a model. Every 100 steps it is saved to model.pt in `out`, and the losses of
+    the last batch to log.csv; weights.pt, the result, lacks the optimiser. On a CPU a resumed run
+    repeats an uninterrupted one exactly, on a GPU up to rounding. Raises UserError if `out` holds
+    another run, or if training diverges."""
     path, steps, batch = out / "model.pt", config["steps"], config["batch"]
     if not resume:
         begin(config, images, out)
@@ -366,7 +367,7 @@ def train(config, images, labels, device, out, resume=False, compiled=False):
             ce, mse = ce.item(), mse.item()
             if not math.isfinite(ce + mse):
                 raise UserError(f"diverged before step {step}: the loss is not finite; try another "
-                                "--seed")
+                                "--seed, in another --out")
             ms = 1000 * (time.time() - begun) / (step - done)
             print(f"step {step:6d} of {steps}   cross-entropy {ce:.3f} (chance 0.693)   weighted "
                   f"MSE {mse:.4f}   {ms:.0f} ms per step   "
@@ -392,19 +393,21 @@ def likelihood(model, images, preset):
     and log Z. Returns the ELBO of the first preset["elbo"] images."""
     x0, sigma1, d = to_x0(images), model.schedule.sigma[1].item(), images[0].numel()
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
-    many, few = preset["elbo"], x1[:preset["slow"]]
+    few = x1[:preset["slow"]]
 
     def line(name, log_p1, x):
-        begun, bits = time.time(), bits_per_dim(batches(log_p1, x), sigma1, d)
+        begun = time.time()
+        bits = bits_per_dim(batches(log_p1, x), sigma1, d)
         ms = 1000 * (time.time() - begun) / len(x)
         print(f"  {name:22s} {bits.mean():6.3f} +- {bits.std() / len(x) ** 0.5:.3f} bits/dim, "
               f"{len(x):5d} images, {ms:6.0f} ms each", flush=True)
         return bits.mean().item()
 
-    if isinstance(model, CDM):                    # also for the images of the other estimates
-        one_pass, *_ = [line("one forward pass", lambda x: model.log_prob(x, 1), x1[:n])
-                        for n in (len(x1), many, len(few))]
-    bound = line("ELBO", lambda x: elbo(model, x), x0[:many])
+    if isinstance(model, CDM):
+        one_pass = line("one forward pass", lambda x: model.log_prob(x, 1), x1)
+        for n in (preset["elbo"], preset["slow"]):             # the images of the other estimates
+            line("one forward pass", lambda x: model.log_prob(x, 1), x1[:n])
+    bound = line("ELBO", lambda x: elbo(model, x), x0[:preset["elbo"]])
     line("probability-flow ODE", lambda x: ode_log_prob(model, x, probes=1), few)
     if isinstance(model, CDM):
         finer = DigitCDM(model.net, log_snr_schedule(preset["fine"], CLEANEST, NOISIEST))
@@ -454,9 +457,10 @@ def picture(ax, x0, title):
 
 
 def show_samples(models, train_set, test_set, n, seed, path):
-    """Draw real digits and each model's samples, one class per row, and print how far n of them,
-    n / 10 per class, are from the test digits, and how many the judge is 90 % sure of. Samples are
-    from p(x | y), so together nearly from p(x). All models share the same noise."""
+    """Draw real digits and each model's samples, one class per row. Print how far n of them, n / 10
+    per class, are from the test digits, and of how many the judge is 90 % sure. All models share
+    the same noise and the same judge, a classifier that is trained here."""
+    torch.manual_seed(seed)
     judge, body = make_judge(*train_set)
     target = batches(body, of_each_class(*test_set, test_set[1].bincount().min()))
     order = torch.randperm(len(train_set[1])).to(train_set[1])     # adjacent digits share a writer
@@ -475,7 +479,7 @@ def show_samples(models, train_set, test_set, n, seed, path):
 
     show(axes[0], "real (training) digits", real, 0)
     for ax, (name, model) in zip(axes[1:], models.items()):
-        for title, guidance in ((f"{name}, guidance 0.3", 0.3), (name, 0.0)):
+        for title, guidance in ((f"{name}, guidance 0.3", 0.3), (name, 0.0)):    # 0.0 stays drawn
             torch.manual_seed(seed)
             begun, noise = time.time(), torch.randn_like(real)
             x0 = batches(lambda rows: sample(model, noise[rows], eta=1.0, guidance=guidance,
@@ -505,7 +509,7 @@ def show_levels(model, image, path):
 
 
 @torch.no_grad()
-def show_errors(models, bounds, images, linear, path):
+def show_errors(models, elbos, images, linear, path):
     """Print each model's ELBO, and its MSE relative to the best linear denoiser's. If one of them
     is a DDM, plot how the others' MSE compares with its own at each level."""
     x0, mse = to_x0(images), {}
@@ -516,11 +520,11 @@ def show_errors(models, bounds, images, linear, path):
         mse[name] = torch.stack([F.mse_loss(model.predict_noise(model.add_noise(x0, t, eps), t),
                                             eps).cpu() for t in range(1, model.T + 1)])
         print(f"| {name:21s} | {sum(p.numel() for p in model.parameters()):7d} | "
-              f"{bounds[name]:14.4f} | {(mse[name] / linear).mean():19.4f} |", flush=True)
+              f"{elbos[name]:14.4f} | {(mse[name] / linear).mean():19.4f} |", flush=True)
     ddms = [name for name in models if isinstance(models[name], DDM)]
     if not ddms or len(models) == 1:
         return
-    alpha, sigma = model.schedule
+    alpha, sigma = models[ddms[0]].schedule
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
     for name in mse:
         ax.plot(2 * (alpha / sigma).log()[1:-1], 100 * (mse[name] / mse[ddms[0]] - 1), label=name)
@@ -534,17 +538,17 @@ def show_errors(models, bounds, images, linear, path):
 # ------------------------------------------------------------------------------------------- main
 def measure(models, train_set, test_set, preset, seed, out):
     """Print one screen of numbers on the test set, and draw figures."""
-    images, bounds = test_set[0][:preset["one_pass"]], {}
+    images, elbos = test_set[0][:preset["one_pass"]], {}
     for name, model in models.items():
         print(f"\n{name}")
         torch.manual_seed(seed)                                   # the same noise for all models
-        bounds[name] = likelihood(model, images, preset)
+        elbos[name] = likelihood(model, images, preset)
     torch.manual_seed(seed)
     linear = best_linear_mse(train_set[0], model.schedule)[1:-1]
-    show_errors(models, bounds, images[:preset["elbo"]], linear, out / "errors.png")
-    for model in models.values():
-        if isinstance(model, CDM):
-            show_levels(model, images[:1], out / "levels.png")
+    show_errors(models, elbos, images[:preset["elbo"]], linear, out / "errors.png")
+    cdms = [model for model in models.values() if isinstance(model, CDM)]
+    if cdms:
+        show_levels(cdms[0], images[:1], out / "levels.png")
     show_samples(models, train_set, test_set, preset["samples"], seed, out / "samples.png")
     print(f"figures: {', '.join(str(path) for path in sorted(out.glob('*.png')))}")
 
@@ -557,19 +561,21 @@ def arguments():
     add("--data", default="data/mnist", help="folder of the four MNIST files (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or mps")
     add("--compile", action="store_true", help="use torch.compile: for a GPU, needs Triton")
-    add("--quick", action="store_true", help="a small network and a short run, for a CPU")
+    add("--quick", action="store_true", help="for a CPU: a small network, a short run")
     add("--out", type=Path, help="output folder (default: runs/ and the name of the run)")
-    add("--weights", nargs="+", metavar="FILE", help="evaluate these files, without training")
+    add("--weights", nargs="+", metavar="FILE", help="only evaluate these files")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     for name, what in (("steps", "training steps"), ("batch", "images per step"),
                        ("width", "channels of the network, a multiple of 4")):
         add(f"--{name}", type=int, help=f"{what} ({FULL[name]}; with --quick {QUICK[name]})")
     add("--seed", type=int, default=0, help="0 .. 10^9")
     args = p.parse_args()
-    if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)) or (
-            args.width or 4) % 4 or args.seed not in range(10 ** 9 + 1):
-        p.error("--steps, --batch and --width must be 1 or more, --width a multiple of 4, and "
-                "--seed in 0 .. 10^9")
+    if any(v is not None and v < 1 for v in (args.steps, args.batch, args.width)):
+        p.error("--steps, --batch and --width must be 1 or more")
+    if args.width is not None and args.width % 4:
+        p.error("--width must be a multiple of 4")
+    if not 0 <= args.seed <= 10 ** 9:
+        p.error("--seed must be in 0 .. 10^9")
     try:
         torch.zeros(1, device=args.device).item()
     except (AssertionError, RuntimeError) as error:
@@ -606,8 +612,8 @@ def main():
         torch.set_float32_matmul_precision("high")
         preset["slow"] *= 10
     plt.rcParams["text.parse_math"] = False                       # a $ in a file's name is a $
-    name = "measured" if args.weights else f"{args.dataset}_{args.model}{'_quick' * args.quick}"
-    out = args.out or Path("runs", name)
+    name = f"{args.dataset}_{args.model}" + ("_quick" if args.quick else "")
+    out = args.out or Path("runs", "measured" if args.weights else name)
     try:
         run(args, preset, out)
     except KeyboardInterrupt:
