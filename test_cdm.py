@@ -413,6 +413,13 @@ def test_untrained_digit_models_are_exact_so_that_one_pass_equals_the_elbo():
                  atol=1e-3, rtol=1e-3)
 
 
+def test_an_untrained_classifier_prefers_images_like_those_it_was_built_for():
+    black, white = (torch.full((50, 1, 8, 8), grey).byte() for grey in (0, 255))
+    model = mnist.build(dict(model="cdm", dataset="digits", width=16), black)
+    likely, unlikely = (model.log_prob(mnist.to_x0(images), 9) for images in (black, white))
+    assert likely.min() > unlikely.max() + 64                  # by more than a nat for each pixel
+
+
 def test_the_digit_classifier_keeps_rows_apart_and_serves_any_levels_of_any_schedule():
     model = digit_model(scatter=0.02)
     every = model.log_ratio(X, torch.arange(66).expand(4, 66))
