@@ -439,6 +439,16 @@ def test_denoising_trains_all_but_one_constant_and_every_scale_and_shift_by_the_
     assert (model.net.mixture.adjust.weight.grad != 0).any(1).all()      # each scale and each shift
 
 
+@pytest.mark.parametrize("family", ["cdm", "ddm"])
+def test_the_trunk_is_told_the_level_in_a_ddm_and_never_in_a_cdm(family):
+    model, forward = digit_model(family, scatter=0.02), mnist.Trunk.forward
+    with patch.object(mnist.Trunk, "forward", autospec=True, side_effect=forward) as trunk:
+        model.predict_noise(X, 20)
+        model.predict_noise(X, 40)
+    (_, _, cond_at_20), (_, _, cond_at_40) = (call.args for call in trunk.call_args_list)
+    assert torch.equal(cond_at_20, cond_at_40) == (family == "cdm")
+
+
 def test_the_digit_denoiser_holds_the_features_constant():
     ddm, forward = digit_model("ddm", scatter=0.02), mnist.Trunk.forward
     eps_hat = ddm.predict_noise(X, LEVELS)
@@ -600,6 +610,15 @@ def test_equal_models_get_equal_numbers_in_an_evaluation_and_all_figures_are_clo
         assert first == second
     assert re.search(r"\n\| real \(training\) digits +\| +\d(.|\n)*\| DDM, guidance 0.3 +\|", said)
     assert len(list(tmp_path.glob("my results/*.png"))) == 3 and not plt.get_fignums()
+
+
+def test_the_number_to_quote_is_one_pass_plus_log_z(capsys):
+    mnist.likelihood(digit_model(), IMAGES, SMALL)
+    pattern = r"pass +(.*?) (?:.|\n)*log Z in (.*) \.\. (.*)\. The .*: (.*) \+- (.*)"
+    one_pass, below, above, quoted, half = map(
+        float, re.search(pattern, capsys.readouterr().out).groups())
+    assert abs(one_pass + (below + above) / 2 - quoted) < 0.002 and below < above
+    assert abs((above - below) / 2 - half) < 0.002
 
 
 @pytest.mark.parametrize("script, flags, why", [
