@@ -51,6 +51,7 @@ def from_seed_0(function, *args, **cond):
     return function(*args, **cond)
 
 
+# ------------------------------------- what several tests use (On a first reading, skip to Exact.)
 IMAGES = (from_seed_0(torch.rand, 50, 1, 8, 8) * 300 - 40).clamp(0, 255).byte()
 X, LEVELS = 0.5 * from_seed_0(torch.randn, 4, 1, 8, 8).double(), torch.tensor([1, 20, 40, 64])
 DIGITS = "--dataset digits --device cpu --quick "
