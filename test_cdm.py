@@ -8,17 +8,15 @@ import gzip
 import hashlib
 import io
 import math
-import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import matplotlib.pyplot as plt
 import pytest
