@@ -2,7 +2,7 @@
 
     python mnist.py --quick                        a short training run: 4 minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
-                                                   evaluate the trained networks: 12 minutes
+                                                   evaluate the trained networks: 13 minutes
     python mnist.py --device cuda                  the full training run, on a GPU
     python mnist.py --dataset digits --quick       scikit-learn's 8x8 digits, no download
 
