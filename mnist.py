@@ -1,6 +1,6 @@
 """CDM on MNIST: train a noise-level classifier, sample digits, read likelihoods off its logits.
 
-    python mnist.py --quick                        a short training run: 4 minutes on two CPU cores
+    python mnist.py --quick                        a short training run: 6 minutes on two CPU cores
     python mnist.py --weights assets/mnist_cdm.pt assets/mnist_ddm.pt
                                                    evaluate the trained networks: 13 minutes
     python mnist.py --device cuda                  the full training run, on a GPU
