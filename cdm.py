@@ -18,7 +18,7 @@ Theorem 3.1 is its gradient, since grad log N(x; 0, I) = -x and, by Tweedie's fo
     used for         log p_0            sampling, likelihoods          the known density
 
 Samples x are (B, ...), a batch of B rows; a level t is an int or a long tensor (B,). Likelihoods
-are in nats. Invalid input raises ValueError. **cond, such as y=labels, is passed to the network.
+are in nats. Most invalid input raises ValueError. **cond, such as y=labels, goes to the network.
 """
 
 import math

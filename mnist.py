@@ -85,8 +85,8 @@ def load_data(dataset, folder):
 
 
 def to_x0(images):
-    """Grey values k = 0 .. 255 as floats: the centre of the k-th of 256 equal bins of [-1, 1], that
-    is (2k+1)/256 - 1."""
+    """Grey values k = 0 .. 255 (uint8) as floats: the centre of the k-th of 256 equal bins of
+    [-1, 1], that is (2k+1)/256 - 1. Back from x: ((x + 1) * 128).floor().clamp(0, 255)."""
     return (2 * images.float() + 1) / 256 - 1
 
 
@@ -303,8 +303,10 @@ def read(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         model = build(content["config"])
         model.load_state_dict(content["model"])
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
     except Exception as error:
-        raise UserError(f"{path} holds no model that can be used here: {error!r:.300}") from error
+        raise UserError(f"{path} holds no model of mnist.py: {type(error).__name__}") from error
     return content, model
 
 
@@ -563,7 +565,7 @@ def arguments():
     add("--compile", action="store_true", help="use torch.compile: for a GPU, needs Triton")
     add("--quick", action="store_true", help="for a CPU: a small network, a short run")
     add("--out", type=Path, help="output folder (default: runs/ and the name of the run)")
-    add("--weights", nargs="+", metavar="FILE", help="only evaluate these files")
+    add("--weights", nargs="+", metavar="FILE", help="only evaluate and compare these files")
     add("--resume", action="store_true", help="continue from the last checkpoint in --out")
     for name, what in (("steps", "training steps"), ("batch", "images per step"),
                        ("width", "channels of the network, a multiple of 4")):
