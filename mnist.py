@@ -184,7 +184,7 @@ class PixelMixture(nn.Module):
     def forward(self, features, x, alpha, sigma):
         n, g, wave = len(self.GREYS), self.GAUSSIANS, waves(alpha, sigma)
         pure_noise = waves(alpha.new_zeros(1), alpha.new_ones(1))
-        constant = 10 * self.constant(wave - pure_noise)[..., 0]   # 0 at T+1; the 10 is for speed
+        constant = 10 * self.constant(wave - pure_noise)[..., 0]   # 0 at T+1; 10: to learn faster
         sigma = sigma.clamp(min=3e-4)                  # at level 0, the greys would have no width
         numbers = F.pixel_shuffle(self.read(features), 2).flatten(2)[:, None]        # (B, 1, 14, d)
         scale, shift = self.adjust(wave)[..., None].chunk(2, 2)                      # (B, n, 14, 1)
@@ -253,8 +253,8 @@ class DigitCDM(CDM):
 
 
 class DigitDDM(DDM):
-    """A DDM of the same parts. Its trunk is told the level. eps_hat is the mixture's gradient with
-    the features held constant, whereas the gradient in a CDM also passes through the trunk."""
+    """A DDM with the same parts. Its trunk is conditioned on the level. Its eps_hat follows from
+    the mixture's gradient at constant features; a CDM's gradient also passes through them."""
 
     def predict_noise(self, xt, t, y=None):
         alpha, sigma = (v.view(-1, 1) for v in self.scales(t, xt))
@@ -325,6 +325,8 @@ def begin(config, images, out):
     model = build(config, images)
     out.mkdir(parents=True, exist_ok=True)
     try:
+        if list(out.glob("*.pt")):                              # weights without their log.csv
+            raise FileExistsError
         with (out / "log.csv").open("x") as log:     # x: the file must be new, so no run is harmed
             print("step,cross_entropy,weighted_mse,ms_per_step", file=log)
     except FileExistsError:
@@ -513,7 +515,7 @@ def show_levels(model, image, path):
 @torch.no_grad()
 def show_errors(models, elbos, images, linear, path):
     """Print each model's ELBO, and its MSE relative to the best linear denoiser's. If one of them
-    is a DDM, plot how the others' MSE compares with its own at each level."""
+    is a DDM, plot how each MSE compares with the DDM's at each level."""
     x0, mse = to_x0(images), {}
     eps = torch.randn_like(x0)
     print(f"\n| {len(x0):5d} images          | weights | ELBO, bits/dim | MSE / best linear's |\n"
