@@ -1,32 +1,29 @@
 """Density-ratio estimation where the truth is known: CDM against its predecessors.
 
-    python toy_2d.py --tour         a picture of the idea: one network, four readings, 25 seconds
-    python toy_2d.py                seven methods on six 2-D densities, three minutes
-    python toy_2d.py --chasm        how soon is a ratio of 20 nats learned? 8 to 12 minutes
+    python toy_2d.py --tour         a picture of the idea: one network, four readings, 20 seconds
+    python toy_2d.py                six methods on six 2-D densities, two minutes
+    python toy_2d.py --chasm        how soon is a log-ratio of 20 nats learned? 8 minutes
 
-Times are for two CPU cores. All methods train the same MLP on the same samples: noise-contrastive
-estimation (NCE), telescoping ratios (TRE), a noise-level classifier with one of the CDM's two
-losses (CE, MSE) or both (CDM), the time score, and a denoising diffusion model (DDM-ODE). With CDM
-comes CDM-ODE: the same network, by its probability-flow ODE instead of one pass."""
+All methods train the same MLP on the same samples: noise-contrastive estimation (NCE), telescoping
+ratios (TRE), the time score, and a classifier of noise levels with one of the CDM's two losses (CE,
+MSE) or both (CDM). Times are for two CPU cores."""
 
 import argparse
 import math
-import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 from matplotlib.figure import Figure
 from torch import nn
 
-from cdm import CDM, DDM, log_normal, log_snr_schedule, ode_log_prob, sample, uniform_schedule
+from cdm import CDM, log_normal, log_snr_schedule, sample, sample_step, uniform_schedule
 
 SCHEDULE = log_snr_schedule(T=40, first=10, last=-6)     # log-SNR steps of 0.4: neighbours overlap
 HALF, CELLS = 4.25, 120                                # evaluation grid: [-4.25, 4.25]^2, 120 x 120
@@ -91,8 +88,7 @@ def pinwheel():
     centres = torch.stack([radius * angle.cos(), radius * angle.sin()], 2).view(-1, 2)
     return Oracle(centres / centres.std(0), std=0.1)
 
-def two_modes():
-    """Modes too far apart for gradients to connect: which methods get their weights right?"""
+def two_modes():                                 # no gradient tells how heavy each mode is
     return Oracle(torch.tensor([(-1.2, 0.0)] * 9 + [(1.2, 0.0)]), std=0.15)
 
 # To add your own: write a function that returns an Oracle (centres about 1 from 0), and list it.
@@ -134,18 +130,17 @@ def tre(make, schedule, bridges=9):
         near = net(alpha[k] * x0 + sigma[k] * eps).gather(1, k)
         far = net(alpha[k + 1] * x0 + sigma[k + 1] * eps).gather(1, k)
         return nn.functional.softplus(-near).mean() + nn.functional.softplus(far).mean()
-
     return Method(net, loss, lambda x: net(x).sum(1) + log_normal(x))
 
 
-def classifier(make, schedule, w_ce=1.0, w_mse=None, with_mse=True, t=0):
-    """One classifier over all levels: CE alone is Yair, Michaeli 2022; a CDM uses both losses."""
+def classifier(make, schedule, w_ce=1.0, w_mse=1.0):
+    """One classifier of all levels: a CDM or, with one loss alone, CE (Yair, Michaeli 2022) or MSE.
+    MSE learns nothing at level 0, so it reports log p_1: sigma_1 is negligible here."""
     model = CDM(make(len(schedule.alpha)), schedule)
     def loss(x0):
-        ce, mse = model.losses(x0, w_mse)
-        return w_ce * ce + mse if with_mse else ce
-
-    return Method(model, loss, lambda x: model.log_prob(x, t))
+        ce, mse = model.losses(x0)
+        return w_ce * ce + w_mse * mse
+    return Method(model, loss, lambda x: model.log_prob(x, 0 if w_ce else 1))
 
 
 def time_score(make, schedule, points=40):
@@ -159,29 +154,15 @@ def time_score(make, schedule, points=40):
         alpha, sigma, eps = angle.cos(), angle.sin(), torch.randn_like(x0)
         target = (alpha * (eps ** 2 - 1) - sigma * eps * x0).sum(1)
         return (sigma[:, 0] * net(alpha * x0 + sigma * eps, time)[:, 0] - target).square().mean()
-
     def log_prob(x):                                                      # by the midpoint rule
         times = (torch.arange(points) + 0.5) / points
         s = sum(net(x, time.expand(len(x)))[:, 0] for time in times) / points
         return log_normal(x) - math.pi / 2 * s
-
     return Method(net, loss, log_prob)
 
 
-def ddm(make, schedule):
-    """A denoising diffusion model (Ho et al. 2020), with log p from the probability-flow ODE."""
-    net, T = make(2, timed=True), len(schedule.alpha) - 2
-    model = DDM(lambda xt, t: net(xt, t / T), schedule)
-    return Method(net, lambda x0: model.losses(x0)[1], lambda x: ode_log_prob(model, x))
-
-
-# Sharp densities need an accurate denoiser at low noise, so the error there gets more weight.
-W_MSE = (0.1073 / (SCHEDULE.sigma ** 2 + 0.05)).float()             # 0.1073 makes their mean 1
-# MSE learns nothing at level 0, and an ODE ends at level 1, so these report log p_1 in place of
-# log p_0: sigma_1 = 0.0067 is negligible next to 0.1, the finest detail of these densities.
-METHODS = {"CDM": partial(classifier, w_mse=W_MSE), "DDM-ODE": ddm, "time-score": time_score,
-           "MSE": partial(classifier, w_ce=0.0, w_mse=W_MSE, t=1),
-           "CE": partial(classifier, with_mse=False), "TRE": tre, "NCE": partial(tre, bridges=1)}
+METHODS = {"CDM": classifier, "CE": partial(classifier, w_mse=0), "NCE": partial(tre, bridges=1),
+           "TRE": tre, "time-score": time_score, "MSE": partial(classifier, w_ce=0)}
 
 
 def train(method, draw, steps, lr=5e-3):
@@ -228,21 +209,16 @@ def evaluate(log_prob, oracle):
 
 
 def run(dataset, name, steps, seed):
-    """Train one method on one 2-D density. Returns rows of numbers, and pictures by title. A CDM
-    gives two rows: its one pass, and the density of the same network's probability-flow ODE."""
+    """Train one method on one 2-D density. Returns a row of numbers, and pictures by title."""
     oracle, method = fit(dataset, name, steps, seed)
-    readings, rows, pictures = {name: method.log_prob}, [], {"truth": None}
+    numbers, log_p, log_q = evaluate(method.log_prob, oracle)
+    if dataset == "two_modes":                               # the mass of the left mode: 0.9 in p
+        numbers["heavy_mode"] = log_q.softmax(0)[grid()[:, 0] < 0].sum().item()
+    pictures = {"truth": log_p.view(CELLS, CELLS).T.numpy()}
     if name == "CDM":
         pictures["CDM samples"] = sample(method.net, torch.randn(2000, 2), eta=1.0).numpy()
-        readings["CDM-ODE"] = partial(ode_log_prob, method.net)
-    for reading, log_prob in readings.items():
-        numbers, log_p, log_q = evaluate(log_prob, oracle)
-        if dataset == "two_modes":                           # the mass of the left mode: 0.9 in p
-            numbers["heavy_mode"] = log_q.softmax(0)[grid()[:, 0] < 0].sum().item()
-        rows.append(dict(dataset=dataset, method=reading, seed=seed, **numbers))
-        pictures["truth"] = log_p.view(CELLS, CELLS).T.numpy()
-        pictures[reading] = log_q.view(CELLS, CELLS).T.numpy()
-    return rows, pictures
+    pictures[name] = log_q.view(CELLS, CELLS).T.numpy()
+    return dict(dataset=dataset, method=name, seed=seed, **numbers), pictures
 
 
 def tour(steps, file, t=20):
@@ -251,13 +227,12 @@ def tour(steps, file, t=20):
     starts = points.view(CELLS, CELLS, 2)[::6, ::6].reshape(-1, 2)
     with torch.no_grad():
         level = (model.net(points).softmax(1) * torch.arange(model.T + 2)).sum(1)        # E[t | x]
-        density, blurred = model.log_prob(points).exp(), model.log_prob(points, t).exp()
+        density, blurred = model.log_prob(points, 0).exp(), model.log_prob(points, t).exp()
         level, density, blurred = (v.view(CELLS, CELLS).T for v in (level, density, blurred))
         arrows = model.denoise(starts, t) - starts
         path = [torch.randn(400, 2)]
         for s in range(model.T, 0, -1):                       # DDIM: the same noise, but less of it
-            x0_hat, eps_hat = model.denoise(path[-1], s), model.predict_noise(path[-1], s)
-            path.append(model.add_noise(x0_hat, s - 1, eps_hat))
+            path.append(sample_step(model, path[-1], s, s - 1))
     fig = Figure(figsize=(14, 4.6), layout="constrained")
     fig.suptitle("One network, trained to see how noisy x is: four readings of its logits $l_t$\n")
     a, b, c, d = axes = fig.subplots(1, 4)
@@ -266,8 +241,9 @@ def tour(steps, file, t=20):
     bar.set_ticks([level.min(), level.max()], labels=["low noise", "high noise"])
     b.set_title("2. A density, from two logits\n$\\log p_0 = l_0 - l_{T+1} + \\log N(x; 0, I)$")
     b.imshow(density, "Blues", **IMAGE)
+    b.set_xlabel("blue: the density of the data, $p_0$")
     c.set_title("3. A denoiser, from gradients\n$\\hat\\epsilon=\\sigma_t(x-\\nabla[l_t-l_{T+1}])$")
-    c.set_xlabel("from noisy x to the expected clean point")
+    c.set_xlabel(f"blue: the density at level {t} of {model.T}\nred: to the expected clean point")
     c.imshow(blurred, "Blues", **IMAGE)
     c.quiver(*starts.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color="C3")
     d.set_title("4. A sampler: denoise step by step\n$x_T, x_{T-1}, \\ldots, x_0$")
@@ -295,76 +271,65 @@ def correlated_pairs(d):
 
 def chasm_run(name, budgets, seed):
     """Train a plain MLP for each number of steps in `budgets`, and test it on 5000 new samples. The
-    rows have the estimated mean log-ratio and the rms error per sample, both in nats."""
+    rows have the estimated mean log-ratio and the rms error of one log-ratio, both in nats."""
     data, schedule, rows = correlated_pairs(DIMENSIONS), log_snr_schedule(40, 7, -6), []
     make = lambda outputs, timed=False: MLP(DIMENSIONS + timed, outputs, 128, 3, frequencies=0)
     for steps in budgets:
         torch.manual_seed(seed)
-        method = CHASM[name](make, schedule)
+        method, start = CHASM[name](make, schedule), time.monotonic()
         train(method, lambda: torch.randn(256, DIMENSIONS) @ data.scale_tril.T, steps, lr=2e-3)
-        x = data.sample((5000,))
+        seconds, x = (time.monotonic() - start) / steps * 1000, data.sample((5000,))
         with torch.no_grad():
             estimate, exact = method.log_prob(x) - log_normal(x), data.log_prob(x) - log_normal(x)
-        rows.append(dict(method=name, steps=steps, seed=seed, estimate=estimate.mean().item(),
-                         rms_error=(estimate - exact).square().mean().sqrt().item()))
+        error = (estimate - exact).mean().item()             # without the samples' own scatter
+        rows.append(dict(method=name, steps=steps, seed=seed, estimate=DIMENSIONS / 4 + error,
+                         rms_error=(estimate - exact).square().mean().sqrt().item(),
+                         s_per_1000_steps=seconds))
     return rows
 
 
 # ------------------------------------------------------------------- processes, tables, figures
-def start_worker():
-    """Prepare a worker process: it ends when its parent does, however that ended."""
-    def end_with_parent():
-        multiprocessing.parent_process().join()
+def end_with_parent():
+    """Called in a worker process: watch that the script is still alive, or end with it."""
+    script = os.getppid()
+    def watch():
+        while os.getppid() == script:
+            time.sleep(1)
         os._exit(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                        # Ctrl-C is for the parent
-    torch.set_num_threads(1)                    # tensors are small, so parallel runs beat threads
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def in_parallel(jobs):
-    """Run jobs (function, *arguments), one process per usable core, and return their results in
-    order. If one fails, or on Ctrl-C, the others are terminated too."""
-    start = time.time()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    with ProcessPoolExecutor(cores, initializer=start_worker) as pool:
-        futures = [pool.submit(*job) for job in jobs]
-        try:
-            for done, future in enumerate(as_completed(futures), 1):
-                future.result()
-                left = (time.time() - start) / done * (len(jobs) - done)
-                print(f"{done:4} of {len(jobs)} jobs, {left:4.0f} s left", flush=True)
-        except BaseException as error:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise SystemExit(f"stopped by {type(error).__name__} {error}")
-    return [future.result() for future in futures]
+def in_parallel(function, jobs):
+    """[function(*job) for job in jobs], by one process per core, with one thread each."""
+    workers = Parallel(n_jobs=-1, verbose=10, initializer=end_with_parent)
+    return workers(delayed(function)(*job) for job in jobs)
 
 
-def table(path, rows, digits):
-    """Save rows, each with two names, a seed and numbers, as CSV. Print a Markdown table with one
-    line per pair of names: the means over seeds and, where they vary, the standard deviations."""
+def table(rows, path, digits):
+    """Print rows, each with two names, a seed and numbers, as a Markdown table with one line per
+    pair of names: means and, over several seeds, standard deviations. Then save them as CSV."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    np.savetxt(path, [[str(row.get(key, "")) for key in keys] for row in rows], fmt="%s",
-               delimiter=",", header=",".join(keys), comments="", encoding="utf-8")
     lines = [keys[:2] + keys[3:], ["-" * 17] * (len(keys) - 1)]
     for names in dict.fromkeys((row[keys[0]], row[keys[1]]) for row in rows):
-        group = [row for row in rows if (row[keys[0]], row[keys[1]]) == names]
         lines.append([str(name) for name in names])
+        group = [row for row in rows if (row[keys[0]], row[keys[1]]) == names]
         for key in keys[3:]:
             values = np.array([row[key] for row in group if key in row])
             cell = f"{values.mean():.{digits}f}" if len(values) else ""
-            spread = f" +- {values.std(ddof=1):.{digits}f}" if len(set(values)) > 1 else ""
+            spread = f" +- {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
             lines[-1].append(cell + spread)
     for line in lines:
         print("| " + " | ".join(f"{cell:17}" for cell in line) + " |")
+    cells = [keys] + [[str(row.get(key, "")) for key in keys] for row in rows]
+    path.write_text("".join(",".join(line) + "\n" for line in cells), "utf-8")
 
 
-def plane_figure(results, path, hidden):
+def plane_figure(results, path):
     """Draw per dataset the true density, samples of the CDM, and how far each method is off."""
     pictures, limit = {}, math.log(3)
-    for rows, found in results:                                             # the last seed wins
-        pictures.setdefault(rows[0]["dataset"], {}).update(found)
-    titles = [title for title in next(iter(pictures.values())) if title not in hidden]
+    for row, found in results:                                              # the last seed wins
+        pictures.setdefault(row["dataset"], {}).update(found)
+    titles = list(next(iter(pictures.values())))
     fig = Figure((max(6, 1.3 * len(titles)), 1.3 * len(pictures) + 1), layout="constrained")
     axes = fig.subplots(len(pictures), len(titles), squeeze=False)
     for row, (dataset, found) in zip(axes, pictures.items()):
@@ -377,9 +342,8 @@ def plane_figure(results, path, hidden):
             if title == "CDM samples":
                 ax.plot(*found[title].T, "k.", markersize=0.7)
             elif title != "truth":
-                log_q = found[title]
-                nothing = np.maximum(log_p, log_q) < log_p.max() - math.log(50)
-                ratio = np.where(nothing, np.nan, log_q - log_p)
+                nothing = np.maximum(log_p, found[title]) < log_p.max() - math.log(50)
+                ratio = np.where(nothing, np.nan, found[title] - log_p)
                 image = ax.imshow(ratio, "RdBu_r", vmin=-limit, vmax=limit, **IMAGE)
     bar = fig.colorbar(image, ax=axes, location="bottom", aspect=60, shrink=0.6, extend="both")
     bar.set_ticks([-limit, 0, limit], labels=["a third of true density", "right", "three times"])
@@ -404,7 +368,7 @@ def chasm_figure(rows, path):
     ax.figure.savefig(path, dpi=110)
 
 
-def main():
+def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--tour", action="store_true", help="draw what one network contains, on two moons")
@@ -415,35 +379,41 @@ def main():
     add("--seeds", type=int, help="runs per setting, seeds 0, 1, .. (1; --chasm 3)")
     add("--out", type=Path, default=Path("runs/toy_2d"), help="output folder (%(default)s)")
     args = p.parse_args()
-    name = "tour" if args.tour else "chasm" if args.chasm else "toy_2d"
-    steps = dict(tour=2000, chasm=8000, toy_2d=1000)[name] if args.steps is None else args.steps
-    seeds = dict(tour=1, chasm=3, toy_2d=1)[name] if args.seeds is None else args.seeds
-    if args.tour + args.chasm + bool(args.datasets or args.methods) > 1:
-        p.error("--tour and --chasm go neither together nor with --datasets or --methods")
-    if not (1 <= steps <= 10 ** 6 and 1 <= seeds <= 100):
-        p.error("--steps must be in 1 .. 1000000, and --seeds in 1 .. 100")
-    start, figure, csv = time.time(), args.out / f"{name}.png", args.out / f"{name}.csv"
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        figure.open("a").close()
-    except OSError as error:
-        p.error(f"--out: {figure} cannot be written: {error.strerror}")
+    if args.tour + args.chasm + bool(args.datasets or args.methods) > 1 or args.tour and args.seeds:
+        p.error("--tour takes only --steps and --out; --chasm takes no --datasets or --methods")
+    args.name = "tour" if args.tour else "chasm" if args.chasm else "toy_2d"
+    steps, seeds = dict(tour=(2000, 1), chasm=(8000, 3), toy_2d=(1000, 1))[args.name]
+    args.steps = steps if args.steps is None else args.steps
+    args.seeds = seeds if args.seeds is None else args.seeds
+    if min(args.steps, args.seeds) < 1:
+        p.error("--steps and --seeds must be at least 1")
+    return args
+
+
+def main():
+    args, start = arguments(), time.monotonic()
+    figure, numbers = args.out / f"{args.name}.png", args.out / f"{args.name}.csv"
+    args.out.mkdir(parents=True, exist_ok=True)      # an error is better now than after training
+    for file in (figure, numbers):
+        file.open("a").close()
+        if not file.stat().st_size:
+            file.unlink()
     if args.tour:
-        in_parallel([(tour, steps, figure)])
+        in_parallel(tour, [(args.steps, figure)])
     elif args.chasm:
-        budgets = sorted({max(1, steps >> k) for k in range(6)})       # steps, steps / 2, .., / 32
-        jobs = [(chasm_run, m, budgets, s) for s in range(seeds) for m in CHASM]
-        rows = sum(in_parallel(jobs), [])
-        table(csv, rows, 2)
+        budgets = sorted({max(1, args.steps >> k) for k in range(6)})  # steps, steps / 2, .., / 32
+        jobs = [(name, budgets, seed) for seed in range(args.seeds) for name in CHASM]
+        rows = sum(in_parallel(chasm_run, jobs), [])
+        table(rows, numbers, 2)
         chasm_figure(rows, figure)
     else:
-        sets, methods = args.datasets or DATASETS, args.methods or METHODS
-        jobs = [(run, d, m, steps, s) for d in sets for m in methods for s in range(seeds)]
-        results = in_parallel(dict.fromkeys(jobs))                                # each job once
-        table(csv, [row for rows, _ in results for row in rows], 4)
+        jobs = [(dataset, method, args.steps, seed) for dataset in args.datasets or DATASETS
+                for method in args.methods or METHODS for seed in range(args.seeds)]
+        results = in_parallel(run, jobs)
+        table([row for row, _ in results], numbers, 4)
         print("KL = KL_raw + log_Z; in two_modes, heavy_mode is the left mode's mass, truly 0.9")
-        plane_figure(results, figure, hidden=() if args.methods else ("TRE", "CE"))
-    print(f"Numbers in nats; {time.time() - start:.0f} s; results are in {str(args.out)!a}")
+        plane_figure(results, figure)
+    print(f"Numbers in nats; {time.monotonic() - start:.0f} s; results are in {args.out}")
 
 
 if __name__ == "__main__":
