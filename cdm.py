@@ -139,7 +139,7 @@ class CDM(nn.Module):
 
 def refuse_inference_mode():
     """Before PyTorch 2.12, torch.func.grad silently returns zeros in inference mode."""
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise RuntimeError("use torch.no_grad() in place of torch.inference_mode()")
 
 
