@@ -401,7 +401,7 @@ def show_levels(model, x0, file):
     fig, axes = plt.subplots(3, 6, figsize=(9, 4.6), layout="constrained")
     for (noisy, bars, clean), t in zip(axes.T, (25, 31, 37, 44, 50, 56)):
         xt, near = model.add_noise(x0, t, torch.randn_like(x0)), range(t - 8, t + 9)
-        posterior = model.logits(xt)[0].softmax(0).cpu()
+        posterior = model.logits(xt)[0].softmax(0).cpu().numpy()
         noisy.imshow(xt[0, 0].cpu(), cmap="gray", vmin=-2, vmax=2)
         noisy.set(title=f"level {t}", xticks=[], yticks=[])
         bars.bar(near, posterior[near], color=["C1" if s == t else "C0" for s in near])

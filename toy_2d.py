@@ -289,11 +289,10 @@ def chasm_run(name, budgets, seed):
 
 
 # ------------------------------------------------------------------- processes, tables, figures
-def end_with_parent():
-    """Called in a worker process: watch that the script is still alive, or end with it."""
-    script = os.getppid()
+def end_with_parent(parent):
+    """Called in a worker process: end it soon after its parent, the script, has ended."""
     def watch():
-        while os.getppid() == script:
+        while os.getppid() == parent:
             time.sleep(1)
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
@@ -301,7 +300,7 @@ def end_with_parent():
 
 def in_parallel(function, jobs):
     """[function(*job) for job in jobs], by one process per core, with one thread each."""
-    workers = Parallel(n_jobs=-1, verbose=10, initializer=end_with_parent)
+    workers = Parallel(n_jobs=-1, verbose=10, initializer=end_with_parent, initargs=(os.getpid(),))
     return workers(delayed(function)(*job) for job in jobs)
 
 
