@@ -18,8 +18,8 @@ Tweedie's formula, E[eps | x_t = x] = -sigma_t grad log p_t(x).
     used for         log p_0            sampling; 8-bit likelihoods    the known density
 
 Samples x are (B, ...), a batch of B rows; a level t is an int or an integer tensor (B,).
-Likelihoods are in nats. **cond, such as y=labels, goes to the network. A wrong level, or x of a
-wrong shape or type, raises ValueError.
+Likelihoods are in nats. **cond, such as y=labels, goes to the network. An int that is no
+level, or x of a wrong shape or type, raises ValueError.
 """
 
 import math
@@ -47,7 +47,7 @@ def log_snr_schedule(T=64, first=14.0, last=-8.0):
 class CDM(nn.Module):
     """net(x, **cond) -> logits (B, T+2). The network is never told the true level: inferring it is
     its task. Rows must not interact (no BatchNorm). Training needs second derivatives: use smooth
-    activations (SiLU, not ReLU), attention within sdpa_kernel(SDPBackend.MATH), no checkpointing."""
+    activations (SiLU, not ReLU), sdpa_kernel(SDPBackend.MATH) for attention, no checkpointing."""
 
     def __init__(self, net, schedule):
         super().__init__()
@@ -61,7 +61,7 @@ class CDM(nn.Module):
         """Cross-entropy and denoising error on clean data x0, to be added as w_ce * ce + mse.
         Cross-entropy teaches how large a ratio of densities is, but stops teaching once levels are
         never confused. The denoising error teaches the ratios' gradients, so it is blind to a
-        constant added to a logit. At levels 0 and T+1 it is 1 and 0, whatever the network says."""
+        constant added to a logit. At levels 0 and T+1 it learns nothing: eps_hat is 0 and eps."""
         refuse_inference_mode()
         t = self.level(torch.randint(self.T + 2, x0.shape[:1], device=x0.device), x0)
         eps = torch.randn_like(x0)
@@ -69,7 +69,7 @@ class CDM(nn.Module):
 
         def summed_log_ratio(x):                       # rows don't interact, so the sum's gradient
             logits = self.logits(x, **cond)            # has in row i that of row i's log-ratio
-            return (logits.gather(1, t[:, None])[:, 0] - logits[:, -1]).sum(), logits        # 3.2
+            return (logits.gather(1, t[:, None])[:, 0] - logits[:, -1]).sum(), logits
 
         gradient, logits = torch.func.grad(summed_log_ratio, has_aux=True)(xt)
         _, sigma = self.scales(t, xt)
@@ -147,14 +147,14 @@ def refuse_inference_mode():
 @torch.no_grad()          # no graph for the weights; torch.func.grad w.r.t. x still works
 def sample_step(model, xt, t, s, *, eta=0.0, guidance=0.0, **cond):
     """From x_t to x_s, at a lower level s: take the noise off, to get x_0, and put less of it back.
-    With eta = 0 it is the same noise (DDIM, Song et al. 2021); with eta = 1, part of it is new
-    (DDPM, Ho et al. 2020)."""
+    With eta = 0 it is the same noise (DDIM, Song et al. 2021); with eta = 1, part of it is drawn
+    afresh (DDPM, Ho et al. 2020)."""
     if not (0 <= s < t <= model.T and 0 <= eta <= 1):
         raise ValueError(f"0 <= s < t <= {model.T} and 0 <= eta <= 1 must hold: {t=}, {s=}, {eta=}")
     alpha, sigma = (v.tolist() for v in model.schedule)
     eps_hat = guided_noise(model, xt, t, guidance, cond)
     x0_hat = (xt - sigma[t] * eps_hat) / alpha[t]
-    if eta > 0:                                # new: this share of the noise variance is renewed
+    if eta > 0:                                # new: the fraction of the variance drawn afresh
         new = eta ** 2 * (1 - (alpha[t] * sigma[s] / (alpha[s] * sigma[t])) ** 2)
         eps_hat = math.sqrt(1 - new) * eps_hat + math.sqrt(new) * torch.randn_like(xt)
     return alpha[s] * x0_hat + sigma[s] * eps_hat
@@ -199,9 +199,9 @@ def log_normal(x):
 def bits_per_dim(log_p1, sigma1, d):
     """-log2 P(k) / d of images k of d pixels with greys 0 .. 255: the bits that a compressor needs
     per pixel. With x_0 = (2k+1)/256 - 1, log_p1 (B,) is log_prob(x_1, 1) or elbo(x_0), in nats.
-    Greys have no density, but the noisy x_1 has one. It pays for the image and for the noise, so we
+    Greys have no density, but the noisy x_1 has one. It counts the bits of image and noise, so we
     subtract the noise's entropy: -log2 P(k) <= E[log2 q(x_1|x_0) - log2 p_1(x_1) - log2 P(k|x_1)].
-    The last term, at most 3e-4 bits per pixel if sigma_1 is an eighth of a grey step, is dropped."""
+    The last term is dropped: at most 3e-4 bits per pixel, if sigma_1 is 1/8 of a grey step."""
     if not 0 < sigma1 <= 2 / 256 / 8:
         raise ValueError(f"sigma_1 must be at most {2 / 256 / 8:.5f}, got {float(sigma1):.5f}")
     noise_entropy = math.log2(sigma1 * math.sqrt(2 * math.pi * math.e))           # bits per pixel
@@ -255,7 +255,7 @@ def ot_schedule(T=1000):
 @torch.no_grad()
 def dpm_solver(model, noise, steps=20, *, guidance=0.0, **cond):
     """DPM-Solver++ 2M (Lu et al. 2022): DDIM made second-order, for few steps. Each step, of length
-    h in log(alpha / sigma), extrapolates x0_hat linearly to its own middle."""
+    h in log(alpha / sigma), extrapolates x0_hat linearly to the step's midpoint."""
     x, last_x0_hat, last_h = noise, None, None
     alpha, sigma = (v.tolist() for v in model.schedule)
     for t, s in pairwise(visited_levels(model, steps)):

@@ -86,7 +86,7 @@ def to_x0(images):
 # and its gradient must be right to a fraction of a grey step. A formula supplies most of that
 # before training. The Trunk, a U-Net, looks at a noisy image once, and must not be told its level:
 # finding it is the task. The head, PixelMixture, turns the Trunk's features into an answer for any
-# level t: how likely the image would be, if t were its level. It scores all levels alike.
+# level t, true or not: how likely the image would be, if t were its level.
 
 
 class Block(nn.Module):
@@ -117,8 +117,8 @@ class Block(nn.Module):
 
 class Trunk(nn.Module):
     """A small U-Net, (B, 1, H, W) -> features (B, width, H/2, W/2). Half resolution shows strokes,
-    quarter resolution the whole digit. The gradient of this network is the denoiser. Strided
-    convolutions would print a checkerboard on it, so it pools by averages."""
+    quarter resolution the whole digit. It pools by averages, because its gradient is the denoiser,
+    and strided convolutions leave checkerboards in gradients."""
 
     def __init__(self, size, width):
         super().__init__()
@@ -153,7 +153,7 @@ class PixelMixture(nn.Module):
     (B, width, H/2, W/2), and each level adjusts them by a scale and a shift, the same at all pixels
     (FiLM, Perez et al. 2018). The log-densities are summed over the pixels, and each level adds a
     constant. As the features depend on x itself, nothing forces p_t to integrate to 1. Before
-    training, w are the frequencies of the greys at each pixel in `images`."""
+    training, the w of a pixel are the frequencies of its greys in `images`."""
 
     GREYS = 0, 252, 253, 254, 255
 
@@ -181,13 +181,13 @@ class PixelMixture(nn.Module):
         variance = torch.exp(log_variance - 1.5) + STEP ** 2     # at first 0.47^2, at least STEP^2
         x_ = x.flatten(1)[:, None, None]                                             # (B, 1, 1, d)
         alpha_, sigma_ = alpha[..., None, None], sigma[..., None, None]              # (B, n, 1, 1)
-        sigma_ = sigma_.clamp(min=3e-4)         # at level 0 an exact grey would have no density
+        sigma_ = sigma_.clamp(min=3e-4)                    # keeps level 0 finite, where sigma is 0
         greys = log_gaussian(x_, alpha_ * self.grey, sigma_ ** 2)
         others = log_gaussian(x_, alpha_ * mean, alpha_ ** 2 * variance + sigma_ ** 2)
-        others = others + log_comb(x_, sigma_)                       # a detail, explained below
+        others = others + log_comb(x_, sigma_)           # pulls the Gaussians to the 256 greys
         log_p = (log_weight + torch.cat([greys, others], 2)).logsumexp(2).sum(2)          # (B, n)
-        # The constant of a level, which only cross-entropy can teach. It is 0 at level T+1, and
-        # reaches 28 nats elsewhere: the factor of 10 lets it learn faster.
+        # The constant of a level, which only cross-entropy can teach. It is 0 at levels T and T+1,
+        # and up to 28 nats elsewhere: the factor of 10 lets it learn faster.
         pure_noise = waves(alpha.new_zeros(1), alpha.new_ones(1))
         return log_p - log_normal(x)[:, None] + 10 * self.constant(level - pure_noise)[..., 0]
 
@@ -219,7 +219,7 @@ class DigitCDM(CDM):
 
     def __init__(self, net, schedule):
         super().__init__(net, schedule)
-        self.register_buffer("w_mse", torch.ones(self.T + 2), persistent=False)   # set by train
+        self.register_buffer("w_mse", torch.ones(self.T + 2), persistent=False)    # see train
 
     def log_ratios(self, x, levels, y=None):
         """log [p_t(x) / p_{T+1}(x)], (B, n), at the levels (B, n), by one look at x."""
@@ -239,7 +239,7 @@ class DigitCDM(CDM):
         distant levels together. And each level's error has a weight, w_mse."""
         lower = torch.randint(self.T + 1, (len(x0), 1), device=x0.device)
         coin = torch.randint(2, (len(x0), 1), device=x0.device)
-        levels = torch.cat([lower + coin, lower + 1 - coin], 1)            # t and its neighbour
+        levels = torch.cat([lower + coin, lower + 1 - coin], 1)     # true level t, neighbour (B, 2)
         t, eps = levels[:, 0], torch.randn_like(x0)
         xt = self.add_noise(x0, t, eps)
 
@@ -250,7 +250,7 @@ class DigitCDM(CDM):
         gradient, ratios = torch.func.grad(summed_log_ratio, has_aux=True)(xt)
         _, sigma = self.scales(t, xt)
         error = (sigma * (xt - gradient) - eps).square().flatten(1).mean(1)                  # (B,)
-        # t is in column 0. The network cannot exploit that, as it scores all columns alike.
+        # t is always in column 0, but the network cannot see which column it is scoring.
         return F.cross_entropy(ratios, torch.zeros_like(t)), (self.w_mse[t] * error).mean()
 
 
@@ -272,15 +272,15 @@ def log_comb(x, sigma):
     """The log of a comb, (B, n, 1, d): a function with a peak at each of the 256 greys, and mean 1
     over x. It moves the mass of the three Gaussians to the greys, which saves 0.13 bits/dim.
     The peaks have width sigma, and the nearest five suffice."""
-    greys = STEP * (torch.arange(-2, 3, dtype=x.dtype, device=x.device)[:, None] + 0.5)    # (5, 1)
-    near = log_gaussian(torch.remainder(x, STEP), greys, sigma ** 2)                 # (B, n, 5, d)
-    peaks = near.logsumexp(2, keepdim=True) + math.log(STEP)
-    return torch.where(sigma > 0.6 * STEP, 0.0, peaks)               # there it is flat to 0.2 %
+    peaks = STEP * (torch.arange(-2, 3, dtype=x.dtype, device=x.device)[:, None] + 0.5)    # (5, 1)
+    near = log_gaussian(torch.remainder(x, STEP), peaks, sigma ** 2)                 # (B, n, 5, d)
+    comb = near.logsumexp(2, keepdim=True) + math.log(STEP)
+    return torch.where(sigma > 0.6 * STEP, 0.0, comb)                # there it is flat to 0.2 %
 
 
 def waves(alpha, sigma):
     """Noise-level embedding, (..) -> (.., 32): sines and cosines of the log-SNR, rescaled from
-    14 .. -8 to 0 .. 1. Levels 0 and T+1 are embedded like their neighbours."""
+    14 .. -8 (whatever LOG_SNR is) to 0 .. 1. Levels 0 and T+1 get the embedding of 1 and T."""
     log_snr = 2 * (alpha.clamp(min=1e-9) / sigma.clamp(min=1e-9)).log()
     depth = ((14 - log_snr) / 22).clamp(0, 1)
     phase = depth[..., None] * torch.arange(1, 17, device=depth.device) * (math.pi / 2)
@@ -294,8 +294,8 @@ UNLABELLED = 0.2       # fraction of rows whose label is dropped; they train the
 
 def best_linear_mse(images, schedule):
     """Noise-prediction MSE of the best linear denoiser at each level, float64 (T+2,): the variance
-    of eps that x_t leaves open, alpha^2 s / (alpha^2 s + sigma^2), averaged over the eigenvalues s
-    of the image covariance (Wiener 1949). Levels 0 and T+1 copy their neighbours."""
+    of eps given x_t, alpha^2 s / (alpha^2 s + sigma^2), averaged over the eigenvalues s of the
+    image covariance (Wiener 1949). Levels 0 and T+1 copy their neighbours."""
     s = torch.linalg.eigvalsh(to_x0(images.cpu()).flatten(1).T.double().cov()).clamp(min=0)
     alpha, sigma = (v[1:-1, None] for v in schedule)
     error = (alpha ** 2 * s / (alpha ** 2 * s + sigma ** 2)).mean(1)
@@ -423,15 +423,15 @@ def arguments():
     add("--quick", action="store_true", help="for a CPU: a small network, a short run")
     add("--out", type=Path, help="output folder (runs/ and the name of the run)")
     add("--weights", metavar="FILE", help="do not train, evaluate these weights")
-    add("--resume", action="store_true", help="continue the run in --out")
+    add("--resume", action="store_true", help="continue the run in --out, with its other flags")
     for name, what in (("steps", "training steps"), ("batch", "images per step"),
                        ("width", "channels of the network, a multiple of 4")):
         add(f"--{name}", type=int, help=f"{what} ({FULL[name]}; with --quick {QUICK[name]})")
     add("--seed", type=int, default=0)
-    p.set_defaults(**(QUICK if p.parse_args().quick else FULL))
+    p.set_defaults(**(QUICK if p.parse_args().quick else FULL))        # steps, batch, width and lr
     args = p.parse_args()
-    kind = "weights" if args.weights else args.dataset + ("_quick" if args.quick else "")
-    args.out = args.out or Path("runs", kind)
+    run = "weights" if args.weights else args.dataset + ("_quick" if args.quick else "")
+    args.out = args.out or Path("runs", run)
     return args
 
 
@@ -465,9 +465,9 @@ def main():
     if args.weights:
         model.load_state_dict(saved["model"])
     else:
-        done = saved["step"] if saved else 0
+        done, path = saved["step"] if saved else 0, args.out / "model.pt"
         print(f"training on {args.device}, {done} steps are done: {config}", flush=True)
-        path, images, labels = args.out / "model.pt", *(v.to(args.device) for v in train_set)
+        images, labels = (v.to(args.device) for v in train_set)
         try:
             train(model, images, labels, config, path, saved)
             save(args.out / "weights.pt", config=config, model=model.state_dict())
