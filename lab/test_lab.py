@@ -24,7 +24,6 @@ from lab.audits import annealed_log_z, log_z_at_least, ode_log_prob
 from mnist import to_x0
 from test_cdm import HERE, IMAGES, Exact, X, digit_model, from_seed_0, same_start  # noqa: F401
 
-README = (HERE / "README.md").read_text("utf-8")
 SMALL = dict(width=8, batch=8, steps=101, lr=0.01)
 LEVELS, LABELS = torch.tensor([1, 20, 40, 64]), torch.tensor([3, 1, 10, 5])
 
@@ -147,18 +146,16 @@ def test_a_run_that_is_stopped_and_resumed_equals_a_whole_one(run, monkeypatch, 
     ("--out {0}/renamed --resume", "renamed/model.pt does not belong to this run"),
     ("--out {0}/file", "exists: .*file"), ("--out {0}/full", "full/model.pt cannot be written"),
     ("--weights {0}/bad/train-images-idx3-ubyte.gz", "is not a file that mnist.py wrote"),
-    ("--weights {0}/empty", "empty is not a file that mnist.py wrote"),
     ("--weights {0}/list", "list is not a file that mnist.py wrote"),
     ("--weights {0}/ddm", "ddm holds a ddm, not a cdm")])
 def test_what_cannot_go_on_says_why_and_names_the_file(flags, why, run, tmp_path):
     for name in ("bad/train-images-idx3-ubyte.gz", "run/weights.pt", "renamed/x", "full/x", "file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"some text")
-    (tmp_path / "empty").touch()
     (tmp_path / "full/model.pt.part").symlink_to("/dev/full")                     # a full disk
     torch.save([1, 2], tmp_path / "list")
-    torch.save(dict(config=dict(model="ddm")), tmp_path / "ddm")
-    torch.save(dict(config=dict(model="cdm")), tmp_path / "renamed/model.pt")
+    for name, kind in (("ddm", "ddm"), ("renamed/model.pt", "cdm")):
+        torch.save(dict(config=dict(model=kind)), tmp_path / name)
     said = run(mnist, f"--dataset digits --quick --device cpu {flags.format(tmp_path)}")
     assert re.search(why, said.splitlines()[-1])
     assert (tmp_path / "run/weights.pt").read_bytes() == b"some text"
@@ -171,8 +168,7 @@ def test_what_cannot_go_on_says_why_and_names_the_file(flags, why, run, tmp_path
      ["chasm.csv", "chasm.png"]),
     ("--tour --steps 2", None, "results are in", ["tour.png"])])
 def test_each_toy_tabulates_and_draws(flags, n, words, files, run, tmp_path):
-    said = run(toy_2d, f"{flags} --out {tmp_path}/new")
-    assert re.search(words, said)
+    assert re.search(words, run(toy_2d, f"{flags} --out {tmp_path}/new"))
     written = sorted(tmp_path.glob("new/*"))
     assert [file.name for file in written] == files
     assert n is None or len(written[0].read_text("utf-8").splitlines()) == n
@@ -180,8 +176,7 @@ def test_each_toy_tabulates_and_draws(flags, n, words, files, run, tmp_path):
 
 def test_a_toy_refuses_a_csv_that_cannot_be_written(run, tmp_path):
     (tmp_path / "toy_2d.csv").mkdir()
-    with pytest.raises(OSError):
-        run(toy_2d, f"--out {tmp_path}")
+    pytest.raises(OSError, run, toy_2d, f"--out {tmp_path}")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals of Unix")
@@ -200,7 +195,8 @@ toy_2d.in_parallel(work, [()])"""
 
 @pytest.mark.parametrize("script", [toy_2d, mnist])
 def test_the_readme_uses_flags_that_there_are(script, run):
-    commands = " ".join(re.findall(rf"python {script.__name__}\.py([^`#|\n]*)", README))
+    readme = (HERE / "README.md").read_text("utf-8")
+    commands = " ".join(re.findall(rf"python {script.__name__}\.py([^`#|\n]*)", readme))
     used = set(re.findall(r"--[a-z]+", commands))
     assert used and used <= set(re.findall(r"--[a-z]+", run(script, "-h")))
 
@@ -269,7 +265,7 @@ def test_a_ddm_tells_its_trunk_the_level_and_holds_the_features_constant():
     assert not torch.allclose(*seen)
     with patch.object(mnist.Trunk, "forward", lambda *args: forward(*args).detach()):
         assert_close(ddm.predict_noise(X, LEVELS), eps_hat)
-    with pytest.raises(NotImplementedError, match="no logits"):
+    with pytest.raises(NotImplementedError):
         ddm.log_prob(X, 1)
 
 
