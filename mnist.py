@@ -443,7 +443,7 @@ def find_saved(args, config):
     if args.resume:
         saved = read(path)
         if "step" not in saved or saved["config"] != config:
-            raise ValueError(f"{path} does not belong to this run, but to {saved['config']}")
+            raise ValueError(f"{path} is no checkpoint of this run. It has {saved['config']}")
         return saved
     if path.exists() or (args.out / "weights.pt").exists():
         raise ValueError(f"{args.out} holds a run: add --resume, or choose another --out")
