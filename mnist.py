@@ -5,8 +5,7 @@
     python mnist.py --quick                              a short run, 2 minutes on two CPU cores
     python mnist.py --device cuda                        the full training run, on a GPU
 
-Read cdm.py first; it has the method. Here are the data, a network for digits, a training loop, and
-an evaluation: bits per pixel, samples, and a picture of what the classifier sees.
+Read cdm.py first; it has the method. Here are data, a network, a training loop and an evaluation.
 """
 
 import argparse
@@ -317,8 +316,8 @@ def read(path, kind="cdm"):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["config"]["model"]
-    except (EOFError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a file that mnist.py wrote") from error
+    except (OSError, EOFError, LookupError, TypeError, RuntimeError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path} is missing, or not a file that mnist.py wrote") from e
     if found != kind:
         raise ValueError(f"{path} holds a {found}, not a {kind}")
     return content
@@ -372,8 +371,7 @@ def train(model, images, labels, config, path, start=None):
 # ------------------------------------------------------------------------------------- evaluation
 @torch.no_grad()
 def claimed_bits(model, images, y=None):
-    """Bits/dim of 8-bit images (B, 1, H, W), (B,), as one forward pass claims. Nothing forces its
-    density to integrate to 1, so this can be too low."""
+    """Bits/dim of 8-bit images (B, 1, H, W), (B,), as one forward pass claims: maybe too few."""
     x0 = to_x0(images)
     x1 = model.add_noise(x0, 1, torch.randn_like(x0))
     return bits_per_dim(model.log_prob(x1, 1, y=y), model.schedule.sigma[1].item(), x0[0].numel())
@@ -430,6 +428,8 @@ def arguments():
     add("--seed", type=int, default=0)
     p.set_defaults(**(QUICK if p.parse_args().quick else FULL))        # steps, batch, width and lr
     args = p.parse_args()
+    if min(args.steps, args.batch, args.width) < 1 or args.width % 4:
+        p.error("--steps and --batch must be at least 1, --width a multiple of 4")
     run = "weights" if args.weights else args.dataset + ("_quick" if args.quick else "")
     args.out = args.out or Path("runs", run)
     return args
