@@ -212,9 +212,9 @@ class DigitNet(nn.Module):
 
 
 class DigitCDM(CDM):
-    """The paper's network returns all T+2 logits. Ours is asked about chosen levels, and not told
-    which is the true one. It knows a level by its alpha and sigma, so T can change. Level 0 is
-    not to be used, since exact greys have no density: likelihoods are at level 1."""
+    """The paper's network returns all T+2 logits. Ours takes the levels to score as an input, and
+    nothing marks the true one. It identifies a level by alpha and sigma, so T can change. Do not
+    use level 0, at which exact greys have no density: likelihoods are at level 1."""
 
     def __init__(self, net, schedule):
         super().__init__(net, schedule)
